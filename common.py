@@ -1,0 +1,761 @@
+"""What the training scripts and eval_all.py share: errors, data, flags, PGD, the margin loss, checkpoints and the Run.
+
+Images are float in [0, 1], (B, C, H, W), everywhere outside the model, so eps is always in pixel units (8/255, 0.031).
+A script calls, in this order: training_parser, load_data, build_model, Run, and then its own loop over run.epochs() and
+run.batches().
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import pickle
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import models
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+class UserError(Exception):
+    """Something the user can mend: told in one line on stderr, exit code 2."""
+
+
+def cli(main: Callable[[], None]) -> None:
+    """Run a script's main(); a UserError becomes one line and exit code 2, Ctrl-C one line and 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_complain(error, 2))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted; a training run goes on from its last whole epoch with --resume", 130))
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+KNOWN = ("digits", "mnist", "cifar10", "cifar100")
+CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}
+TORCHVISION = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+SPLIT_SEED = 0  # the held-out images, the digits test split and a --limit subset are the same for every --seed
+
+
+@dataclass
+class Data:
+    """A dataset as uint8 images (N, C, H, W) and int64 labels (N,). `val` is held out of the training images."""
+
+    name: str  # what results are reported under: a known name, or the stem of the file
+    known: str | None  # the known dataset whose defaults apply, if any
+    x_train: Tensor
+    y_train: Tensor
+    x_val: Tensor
+    y_val: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    num_classes: int
+    source: str  # where it was read from
+
+    @property
+    def in_channels(self) -> int:
+        return self.x_test.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        return self.x_test.shape[2]
+
+    def statistics(self) -> dict[str, list[float]]:
+        """mean and std per channel of the training images, in [0, 1], for the model's first layer."""
+        counts = [torch.bincount(self.x_train[:, c].flatten(), minlength=256).double() for c in range(self.in_channels)]
+        values = torch.arange(256).double() / 255
+        means = [float(n @ values / n.sum()) for n in counts]
+        variances = [float(n @ (values - mean) ** 2 / n.sum()) for n, mean in zip(counts, means, strict=True)]
+        return {"mean": means, "std": [max(math.sqrt(variance), 1 / 255) for variance in variances]}
+
+
+def known_dataset(name: str) -> str | None:
+    """The known dataset that a name or a file's stem begins with: cifar10 for cifar10_jpeg.npz."""
+    stem = Path(name).name.removesuffix(".npz")
+    return max((known for known in KNOWN if stem.startswith(known)), key=len, default=None)
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, also where its C++ operators do not load beside this torch: datasets need none of them."""
+    try:
+        import torchvision
+    except ImportError:
+        raise UserError("this dataset needs torchvision: pip install torchvision, or give a FILE.npz") from None
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+        for operator in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+        import torchvision
+    return torchvision
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """x_train, y_train, x_test, y_test of an .npz, checked. Raises UserError naming the file, the array and the fault."""
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [key for key in keys if key not in getattr(file, "files", ())]:
+                raise UserError(f"{path}: no array {', '.join(missing)}; it needs {', '.join(keys)}")
+            arrays = {key: file[key] for key in keys}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a readable .npz of plain arrays ({error})") from None
+    for split in ("train", "test"):
+        _check_split(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"])
+    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
+        shapes = " and ".join(str(arrays[key].shape[1:]) for key in ("x_train", "x_test"))
+        raise UserError(f"{path}: images of x_train and x_test differ in shape: {shapes}")
+    return arrays
+
+
+def _check_split(path: Path, split: str, x: np.ndarray, y: np.ndarray) -> None:
+    if x.dtype != np.uint8:
+        raise UserError(f"{path}: x_{split} has dtype {x.dtype}; it must be uint8, values 0 to 255")
+    if not np.issubdtype(y.dtype, np.integer):
+        raise UserError(f"{path}: y_{split} has dtype {y.dtype}; labels must be integers")
+    if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)) or x.shape[1] != x.shape[2]:
+        raise UserError(
+            f"{path}: x_{split} has shape {x.shape}; it must be square images (N, H, W) or (N, H, W, 1 or 3)"
+        )
+    if y.shape != x.shape[:1] or not len(y):
+        raise UserError(
+            f"{path}: x_{split} {x.shape} and y_{split} {y.shape} must hold one label an image, at least one"
+        )
+    if y.min() < 0:
+        raise UserError(f"{path}: y_{split} holds the label {y.min()}; labels count from 0")
+
+
+def digits_arrays() -> dict[str, np.ndarray]:
+    """scikit-learn's 1,797 real handwritten digits, 8x8, 0..16 scaled to 0..255; a fifth of them is the test split."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(digits.target))
+    x = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)
+    y, n_test = digits.target[order], len(order) // 5
+    return {"x_train": x[n_test:], "y_train": y[n_test:], "x_test": x[:n_test], "y_test": y[:n_test]}
+
+
+def torchvision_arrays(name: str, data_dir: Path) -> dict[str, np.ndarray]:
+    """A dataset of torchvision's, downloaded into data_dir where it is not there yet."""
+    dataset = getattr(import_torchvision().datasets, TORCHVISION[name])
+    arrays = {}
+    for split in ("train", "test"):
+        try:
+            part = dataset(data_dir, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision wraps some in RuntimeError
+            address = dataset.mirrors[0] if hasattr(dataset, "mirrors") else dataset.url
+            raise UserError(
+                f"dataset {name} is not in {data_dir} and could not be downloaded from {address} ({error}): connect to "
+                f"the network, or put {name}.npz or torchvision's files there, or pass --dataset FILE.npz"
+            ) from None
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = np.asarray(part.data), np.asarray(part.targets)
+    return arrays
+
+
+def load_data(dataset: str, data_dir: str = "data", limit: int | None = None) -> Data:
+    """Read a dataset: a FILE.npz, DATA_DIR/NAME.npz, the built-in digits, or torchvision's NAME, in that order.
+
+    2 % of the training images, at least 100, are held out by a fixed seed; `limit` keeps that many training images
+    before the split. Raises UserError for an unknown name, an unreadable file, or data that does not fit its name.
+    """
+    named = Path(data_dir) / f"{dataset}.npz"
+    if dataset.endswith(".npz") or named.exists():
+        path = Path(dataset) if dataset.endswith(".npz") else named
+        arrays, source = read_npz(path), str(path)
+    elif dataset == "digits":
+        arrays, source = digits_arrays(), "scikit-learn"
+    elif dataset in TORCHVISION:
+        arrays, source = torchvision_arrays(dataset, Path(data_dir)), f"torchvision, {data_dir}"
+    else:
+        raise UserError(f"unknown dataset {dataset!r}: choose {', '.join(KNOWN)} or a FILE.npz (no {named} either)")
+    return _split(arrays, dataset, source, limit)
+
+
+def _split(arrays: dict[str, np.ndarray], dataset: str, source: str, limit: int | None) -> Data:
+    known = known_dataset(dataset)
+    num_classes = CLASSES.get(known, int(max(arrays["y_train"].max(), arrays["y_test"].max())) + 1)
+    for key in ("y_train", "y_test"):
+        if arrays[key].max() >= num_classes:
+            raise UserError(
+                f"{source}: {key} holds the label {arrays[key].max()}, but {known} has {num_classes} classes"
+            )
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(arrays["y_train"]))[:limit]
+    held_out = max(100, len(order) // 50)
+    if len(order) <= held_out:
+        raise UserError(f"{len(order)} training images are too few: {held_out} are held out to pick best.pt")
+    splits = {}
+    for split, rows in (("val", order[:held_out]), ("train", order[held_out:]), ("test", slice(None))):
+        kind = "test" if split == "test" else "train"
+        splits[f"x_{split}"] = _to_nchw(arrays[f"x_{kind}"][rows])
+        splits[f"y_{split}"] = torch.from_numpy(arrays[f"y_{kind}"][rows].astype(np.int64))
+    return Data(Path(dataset).name.removesuffix(".npz"), known, **splits, num_classes=num_classes, source=source)
+
+
+def _to_nchw(x: np.ndarray) -> Tensor:
+    x = torch.from_numpy(np.ascontiguousarray(x))
+    return x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
+
+
+def to_float(x: Tensor) -> Tensor:
+    """uint8 images (B, C, H, W) -> float32 in [0, 1], in the layout that convolutions run fastest on."""
+    return (x.float() / 255).contiguous(memory_format=torch.channels_last)
+
+
+def crop_and_flip(padded: Tensor, rows: Tensor, size: int) -> Tensor:
+    """A random crop of `size` pixels and a random horizontal flip of images `rows` (B,) of `padded`, in one gather."""
+    device, slack = padded.device, padded.shape[2] - size
+    top, left = torch.randint(0, slack + 1, (2, len(rows), 1), device=device)
+    ys = top + torch.arange(size, device=device)
+    xs = left + torch.arange(size, device=device)
+    xs = torch.where(torch.rand(len(rows), 1, device=device) < 0.5, xs.flip(1), xs)
+    channels = torch.arange(padded.shape[1], device=device)
+    return padded[rows[:, None, None, None], channels[:, None, None], ys[:, None, :, None], xs[:, None, None, :]]
+
+
+# ----------------------------------------------------------------------------------------------------------- flags
+
+_SMALL = dict(arch="small_cnn", optimizer="adam", weight_decay=0.0, schedule="multistep", steps=10)
+_LARGE = dict(epochs=100, batch_size=128, optimizer="sgd", schedule="multistep", steps=10, eps_warmup=0.0)
+
+# What adversarial training uses on each dataset, and where that is written; a script overrides where its paper differs.
+TRAINING_DEFAULTS = {
+    "digits": _SMALL
+    | dict(epochs=30, batch_size=64, lr=2e-3, eps="0.1", step_size="0.025", eps_warmup=3.0, source="ours"),
+    "mnist": _SMALL
+    | dict(epochs=8, batch_size=128, lr=1e-3, eps="0.3", step_size="0.075", eps_warmup=1.0, source="ours"),
+    "cifar10": _LARGE
+    | dict(arch="wrn-34-10", lr=0.1, weight_decay=2e-4, eps="8/255", step_size="2/255", source="HE, Sec. 4"),
+    "cifar100": _LARGE
+    | dict(arch="resnet18", lr=0.01, weight_decay=3.5e-3, eps="0.031", step_size="0.007", source="Angular-AT, Sec. 5"),
+    None: _LARGE | dict(arch="resnet18", lr=0.1, weight_decay=5e-4, eps="8/255", step_size="2/255", source="ours"),
+}
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite int or float, or a fraction such as 8/255, within [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text) if kind is int else float(Fraction(text))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            what = "a whole number" if kind is int else "a number or a fraction such as 8/255"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        if not low <= value <= high:
+            bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            hint = f"; pixels are in [0, 1]: {text}/255?" if high == 1 and kind is float else ""
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}{hint}")
+        return value
+
+    return parse
+
+
+def device_flag(text: str) -> str:
+    """An argparse type: a device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not to be had here ({str(error).splitlines()[0]})") from None
+    return text
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def computes_bf16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 natively; elsewhere it would be slower than float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and which shows a script's whole docstring."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def peek(self, argv: list[str] | None, flag: str, default: str) -> str:
+        """The value of a flag on which the defaults of others depend, before the real parse."""
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        early.add_argument(flag, nargs="?", dest="value", default=default)
+        return early.parse_known_args(argv)[0].value or default
+
+
+def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict] | None = None) -> Parser:
+    """The flags of every training script, with the defaults of the --dataset in argv; `overrides` as in DEFAULTS."""
+    parser = Parser(doc)
+    known = known_dataset(parser.peek(argv, "--dataset", "digits"))
+    defaults = TRAINING_DEFAULTS[known] | (overrides or {}).get(known, {})
+
+    def add(flag: str, text: str, **options: object) -> None:
+        """A flag whose default depends on the dataset: --help shows the value in force and where it is written."""
+        default = defaults[flag[2:].replace("-", "_")]
+        parser.add_argument(flag, default=default, help=f"{text} (default: {default}; {defaults['source']})", **options)
+
+    flag = parser.add_argument
+    flag(
+        "--dataset", default="digits", metavar="NAME_OR_NPZ", help=f"{', '.join(KNOWN)}, or FILE.npz (default: digits)"
+    )
+    flag("--data-dir", default="data", help="where datasets are looked for and downloaded to (default: data)")
+    add("--arch", "small_cnn, resnet18, preactresnet18 or wrn-D-W")
+    add("--epochs", "passes over the training images", type=number(int, 1))
+    add("--batch-size", "images a step", type=number(int, 1))
+    add("--optimizer", "sgd has momentum 0.9", choices=("sgd", "adam"))
+    add("--lr", "peak learning rate", type=number(float, 0))
+    add("--schedule", "multistep is x0.1 at 75 and 90 %% of the epochs", choices=tuple(SCHEDULES))
+    add("--weight-decay", "L2 penalty on all parameters", type=number(float, 0))
+    add("--eps", "Linf radius in pixel units", type=number(float, 0, 1))
+    add("--step-size", "of the attack, in pixel units", type=number(float, 0, 1))
+    add("--steps", "of the attack", type=number(int, 1))
+    add("--eps-warmup", "epochs over which eps and step size rise from 0", type=number(float, 0))
+    flag("--seed", type=number(int, 0), default=0, help="of initialization, order, augmentation, attack (default: 0)")
+    flag("--out", help="where the run is written (default: runs/METHOD-DATASET-sSEED)")
+    flag("--resume", action="store_true", help="go on from OUT/last.pt, if there is one")
+    flag("--limit", type=number(int, 1), metavar="N", help="train on N images only, for a quick try")
+    flag("--device", type=device_flag, default=default_device(), help="(default: %(default)s)")
+    on_off = argparse.BooleanOptionalAction
+    flag("--amp", action=on_off, help="bfloat16 backbone (default: where the device computes it natively)")
+    flag("--compile", action=on_off, help="torch.compile the model (default: on CUDA)")
+    return parser
+
+
+def add_head_flags(parser: Parser, argv: list[str] | None, margins: dict[str, float]) -> None:
+    """--head, --fn, --wn, --scale and --margin, their defaults by the head in argv; `margins` maps head to m."""
+    head = parser.peek(argv, "--head", "he")
+    scale, margin = 1.0 if head == "linear" else 15.0, margins.get(head, 0.0)
+    on_off = argparse.BooleanOptionalAction
+    flag = parser.add_argument_group("head").add_argument
+    flag("--head", default="he", choices=models.HEADS, help="W z + b, cos(theta) or -theta (default: he)")
+    flag("--fn", action=on_off, default=True, help="normalize the features z (default: on; linear has none)")
+    flag("--wn", action=on_off, default=True, help="normalize the class weights W_k (default: on; linear has none)")
+    flag("--scale", type=number(float, 0), default=scale, help=f"s of the loss (default: {scale:g} for {head})")
+    flag("--margin", type=number(float, 0), default=margin, help=f"m of the loss (default: {margin:g} for {head})")
+
+
+def finish_args(args: argparse.Namespace, method: str) -> argparse.Namespace:
+    """Fill the defaults that depend on other flags, and name the run after its method."""
+    args.method = method
+    args.out = args.out or f"runs/{method}-{Path(args.dataset).name.removesuffix('.npz')}-s{args.seed}"
+    args.amp = computes_bf16(args.device) if args.amp is None else args.amp
+    args.compile = torch.device(args.device).type == "cuda" if args.compile is None else args.compile
+    return args
+
+
+# -------------------------------------------------------------------------------------------------- attack and loss
+
+
+def margin_ce(logits: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0, reduction: str = "mean") -> Tensor:
+    """CE(s * (logits - m * onehot(y)), y), HE Eq. 6, for logits (B, K): cos(theta), -theta, or W z + b (s 1, m 0)."""
+    onehot = F.one_hot(y, logits.shape[1]).to(logits.dtype)
+    return F.cross_entropy(scale * (logits - margin * onehot), y, reduction=reduction)
+
+
+@contextmanager
+def attack_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode and frozen parameters: an attack moves no batch statistic and computes no weight gradient."""
+    was_training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def pgd(
+    model: torch.nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    eps: float,
+    step_size: float,
+    steps: int,
+    start: Tensor | None = None,
+    momentum: float = 0.0,
+    drop_fooled: bool = False,
+) -> Tensor:
+    """Linf projected gradient ascent on loss(logits, y) (Madry et al. 2018; HE, Eq. 18 to 20): x_adv, as x (B, C, H, W).
+
+    Starts from `start`, by default uniformly in the eps ball. momentum > 0 is MIM's, on the L1-normalized gradient.
+    With drop_fooled an image that is misclassified already is moved no further, which saves its passes. The model is
+    in eval mode meanwhile; eps and step_size are in pixel units.
+    """
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    x_adv = torch.empty_like(x).uniform_(-eps, eps).add_(x) if start is None else start
+    x_adv = x_adv.detach().clamp(low, high)
+    velocity = torch.zeros_like(x) if momentum else None
+    active = torch.arange(len(x), device=x.device) if drop_fooled else slice(None)
+    with attack_mode(model):
+        for _ in range(steps):
+            x_now = x_adv[active].requires_grad_()
+            logits = model(x_now)
+            (grad,) = torch.autograd.grad(loss(logits, y[active]).sum(), x_now)
+            if drop_fooled:
+                still = logits.argmax(1) == y[active]
+                active, x_now, grad = active[still], x_now[still], grad[still]
+                if not len(active):
+                    break
+            if momentum:
+                grad = grad / grad.abs().sum((1, 2, 3), keepdim=True).clamp(min=1e-12)
+                grad = velocity[active] = momentum * velocity[active] + grad
+            x_adv[active] = (x_now.detach() + step_size * grad.sign()).clamp(low[active], high[active])
+    return x_adv
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+FORMAT = "angular-defenses-1"
+
+
+def write_atomically(path: Path, write: Callable[[object], None], mode: str = "wb") -> None:
+    """Write to a temporary name, flush to the disk, rename: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, mode, newline="" if mode == "w" else None) as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The file that a path means: itself, or for a run's directory its best.pt, before any held-out result last.pt."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
+        if not found:
+            raise UserError(f"{path}: a directory without best.pt or last.pt")
+        return found[0]
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint or run directory")
+    return path
+
+
+def read_file(path: Path) -> dict:
+    """What torch.load finds in a file, as data only: no code in it runs. Raises UserError for anything but a dict."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        raise UserError(f"{path}: truncated, or no checkpoint at all ({reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def load_checkpoint(path: str | Path, device: str = "cpu", **foreign: object) -> tuple[models.Classifier, dict]:
+    """The model in a file or run directory, in eval mode, and all that the file says besides its tensors.
+
+    A bare state dict with the names of the published TRADES / MART / HE WideResNets is read too (a `module.` prefix and
+    their unused `sub_block1` are dropped); `foreign` then holds build_model's arguments. Raises UserError.
+    """
+    path = checkpoint_file(path)
+    content = read_file(path)
+    if content.get("format") == FORMAT:
+        state, options = content.get("model"), content.get("model_options")
+        meta = {key: content[key] for key in content if key not in ("model", "optimizer", "scheduler", "rng")}
+    else:
+        state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(key, str)}
+        state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
+        if not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise UserError(f"{path}: neither a checkpoint of this project nor a plain state dict")
+        if not foreign:
+            raise UserError(f"{path}: a bare state dict; say what it is with --arch, --head and --dataset")
+        options, meta = foreign, {"format": "state dict", "model_options": foreign}
+    try:
+        model = models.build_model(**options)
+        model.load_state_dict(state)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        arch = options.get("arch") if isinstance(options, dict) else None
+        raise UserError(f"{path}: its weights do not fit arch {arch}: {_first_mismatch(error)}") from None
+    return model.to(device, memory_format=torch.channels_last).eval(), meta
+
+
+def _first_mismatch(error: Exception) -> str:
+    """The first telling line of load_state_dict's report, which names every parameter."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[1] if len(lines) > 1 else lines[0])[:200]
+
+
+# --------------------------------------------------------------------------------------------------------- the Run
+
+SCHEDULES = {  # lr / --lr as a function of the share of the run that is done, in [0, 1)
+    "multistep": lambda done: 0.1 ** ((done >= 0.75) + (done >= 0.9)),
+    "cyclic": lambda done: 1 - abs(2 * done - 1),
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+MAY_CHANGE = ("epochs", "resume", "out", "data_dir", "device", "amp", "compile")  # between a run and its --resume
+
+
+def build_model(args: argparse.Namespace, data: Data, **options: object) -> models.Classifier:
+    """models.build_model for this dataset, freshly seeded: from here on every draw follows from --seed."""
+    torch.manual_seed(args.seed)
+    shape = dict(num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size)
+    try:
+        return models.build_model(args.arch, **shape, **data.statistics(), **options)
+    except ValueError as error:
+        raise UserError(error) from None
+
+
+class Run:
+    """What every training loop needs around it: device, batches, optimizer, schedule, log, checkpoints, resume.
+
+    run.model is the model on the device; args.out receives args.json, log.csv, curves.png, last.pt and best.pt (the
+    epoch of the best held-out PGD accuracy). On a CPU a resumed run ends bit for bit where an uninterrupted one does.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: models.Classifier, data: Data):
+        self.args, self.data, self.out = args, data, Path(args.out)
+        if args.batch_size > len(data.y_train):
+            raise UserError(
+                f"--batch-size {args.batch_size}, but {data.name} leaves {len(data.y_train)} training images"
+            )
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        self.model = model.to(args.device, memory_format=torch.channels_last).train()
+        self.model.amp = args.amp
+        if args.compile:
+            self.model.compile()
+        self.optimizer = make_optimizer(model, args)
+        self.steps_an_epoch = len(data.y_train) // args.batch_size
+        total = self.steps_an_epoch * args.epochs
+        schedule = SCHEDULES[args.schedule]
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: schedule(step / total))
+        self.epoch, self.history = 0, []
+        self._open()
+        self._to_device()
+
+    def _open(self) -> None:
+        """Make the run's directory, or take up the run that is in it."""
+        last = self.out / "last.pt"
+        if last.exists() and not self.args.resume:
+            raise UserError(f"{self.out} already holds a run: go on with --resume, or choose another --out")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.out}: {error.strerror}") from None
+        if last.exists():
+            self._resume(last)
+        text = json.dumps(vars(self.args), indent=2)
+        write_atomically(self.out / "args.json", lambda file: file.write(text), "w")
+        count = sum(p.numel() for p in self.model.parameters())
+        print(
+            f"{self.args.method}: {self.args.arch} ({count / 1e6:.2f} M parameters) on {self.args.device}, {self.data.name}"
+        )
+        print(
+            f"{len(self.data.y_train)} training and {len(self.data.y_val)} held-out images from {self.data.source}; "
+            f"Linf eps {self.args.eps:.4g}; bfloat16 {'on' if self.args.amp else 'off'}; writing to {self.out}"
+        )
+
+    def _resume(self, last: Path) -> None:
+        content = read_file(last)
+        if content.get("format") != FORMAT:
+            raise UserError(f"{last}: not a checkpoint of this project; nothing was resumed")
+        for key, old in content["args"].items():
+            new = getattr(self.args, key, None)
+            if key not in MAY_CHANGE and new != old:
+                raise UserError(
+                    f"--resume: --{key.replace('_', '-')} was {old}, now {new}; keep it, or choose another --out"
+                )
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        self.epoch, self.history = content["epoch"], content["history"]
+        torch.set_rng_state(content["rng"]["cpu"])
+        if self.device_type == "cuda" and "cuda" in content["rng"]:
+            torch.cuda.set_rng_state(content["rng"]["cuda"], self.args.device)
+        print(f"resumed after epoch {self.epoch} of {self.args.epochs}")
+
+    @property
+    def device_type(self) -> str:
+        return torch.device(self.args.device).type
+
+    def _to_device(self) -> None:
+        """Small images live on the device as uint8; CIFAR's are padded once, and cropped and flipped batch by batch."""
+        data, device = self.data, self.args.device
+        self.augment = bool(data.known and data.known.startswith("cifar"))
+        self.x_train = (F.pad(data.x_train, [4] * 4) if self.augment else data.x_train).to(device)
+        self.y_train = data.y_train.to(device)
+        self.x_val, self.y_val = to_float(data.x_val.to(device)), data.y_val.to(device)
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs still to do, counted from 1."""
+        while self.epoch < self.args.epochs:
+            self.epoch += 1
+            yield self.epoch
+        if not self.history:
+            return
+        best = max(self.history, key=lambda row: row["val_robust"])
+        print(f"best held-out PGD accuracy {best['val_robust']:.2f} % in epoch {best['epoch']}; evaluate it with")
+        print(f"python eval_all.py {self.out}")
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of shuffled x (B, C, H, W) in [0, 1] and y (B,) on the device; the last, smaller batch is dropped."""
+        self.totals, self.started = torch.zeros(3, device=self.args.device), time.perf_counter()
+        order = torch.randperm(len(self.y_train)).to(self.args.device)
+        size = self.args.batch_size
+        label = f"epoch {self.epoch}/{self.args.epochs}"
+        with tqdm(total=self.steps_an_epoch * size, desc=label, unit="img", leave=False, disable=None) as self.bar:
+            for step in range(self.steps_an_epoch):
+                rows = order[step * size : (step + 1) * size]
+                x = crop_and_flip(self.x_train, rows, self.data.image_size) if self.augment else self.x_train[rows]
+                yield to_float(x), self.y_train[rows]
+                self._show(size)
+
+    def _show(self, images: int) -> None:
+        """Advance the progress bar; its figures are fetched from the device only when it is drawn anew."""
+        if self.bar.update(images):
+            loss, right, count = self.totals.tolist()
+            self.bar.set_postfix_str(f"loss {loss / count:.3f}, robust {100 * right / count:.1f} %", refresh=False)
+
+    def warm(self, radius: float) -> float:
+        """eps or step size in this step: it rises linearly to `radius` over the first --eps-warmup epochs."""
+        steps = self.args.eps_warmup * self.steps_an_epoch
+        return radius * min(1.0, (self.scheduler.last_epoch + 1) / steps) if steps else radius
+
+    def step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
+        """Backward, optimizer, schedule; `logits` on the adversarial images give the running robust accuracy."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        with torch.no_grad():
+            right = (logits.argmax(1) == y).sum()
+            self.totals += torch.stack([loss * len(y), right, torch.full_like(right, len(y))])
+
+    def finish_epoch(self) -> None:
+        """Held-out accuracy, a line, log.csv, best.pt and last.pt. A loss that is no number ends the run here."""
+        loss, right, count = self.totals.tolist()
+        seconds = time.perf_counter() - self.started
+        if not math.isfinite(loss):
+            kept = f"{self.out / 'last.pt'} holds epoch {self.epoch - 1}" if self.history else "nothing was saved yet"
+            raise UserError(f"the loss is {loss} in epoch {self.epoch}: {kept}; try a smaller --lr")
+        clean, robust = self._held_out()
+        row = {
+            "epoch": self.epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": loss / count,
+            "train_robust": 100 * right / count,
+            "val_clean": clean,
+            "val_robust": robust,
+            "images_per_s": count / seconds,
+            "seconds": seconds,
+        }
+        is_best = robust > max((old["val_robust"] for old in self.history), default=-1.0)
+        self.history.append(row)
+        self._save(is_best)
+        print(
+            f"epoch {self.epoch:3d}/{self.args.epochs}  loss {row['loss']:.4f}  train robust {row['train_robust']:.2f}  "
+            f"held-out clean {clean:.2f}  PGD-{self.args.steps} {robust:.2f}{'*' if is_best else ' '} "
+            f"lr {row['lr']:.2g}  {row['images_per_s']:.0f} img/s",
+            flush=True,
+        )
+
+    def _held_out(self) -> tuple[float, float]:
+        """Clean and PGD accuracy in %, on the held-out images, with the training attack's eps, step size and steps."""
+
+        def loss(logits: Tensor, y: Tensor) -> Tensor:
+            return margin_ce(logits, y, self.model.scale)
+
+        args, right_clean, right_adv = self.args, 0, 0
+        for x, y in zip(self.x_val.split(args.batch_size), self.y_val.split(args.batch_size)):
+            x_adv = pgd(self.model, x, y, loss=loss, eps=args.eps, step_size=args.step_size, steps=args.steps)
+            with attack_mode(self.model), torch.no_grad():
+                right_clean += (self.model(x).argmax(1) == y).sum()
+                right_adv += (self.model(x_adv).argmax(1) == y).sum()
+        return 100 * float(right_clean) / len(self.y_val), 100 * float(right_adv) / len(self.y_val)
+
+    def _save(self, is_best: bool) -> None:
+        """best.pt before last.pt, then the log: a run killed in between does this epoch anew and writes the same."""
+        content = {
+            "format": FORMAT,
+            "model": self.model.state_dict(),
+            "model_options": self.model.options,
+            "dataset": {"name": self.data.name, "known": self.data.known, "num_classes": self.data.num_classes},
+            "method": self.args.method,
+            "args": vars(self.args),
+            "epoch": self.epoch,
+            "metrics": self.history[-1],
+            "history": self.history,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": {"cpu": torch.get_rng_state()},
+            "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
+        }
+        if self.device_type == "cuda":
+            content["rng"]["cuda"] = torch.cuda.get_rng_state(self.args.device)
+        for name in ("best.pt", "last.pt") if is_best else ("last.pt",):
+            write_atomically(self.out / name, lambda file: torch.save(content, file))
+        write_atomically(self.out / "log.csv", self._write_log, "w")
+        if self.epoch == self.args.epochs or time.monotonic() - getattr(self, "plotted", -math.inf) > 30:
+            self.plotted = time.monotonic()
+            plot_curves(self.history, self.args, self.out / "curves.png")
+
+    def _write_log(self, file: object) -> None:
+        writer = csv.DictWriter(file, self.history[0])
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in self.history)
+
+
+def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    if args.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+
+
+def plot_curves(history: list[dict], args: argparse.Namespace, path: Path) -> None:
+    """Loss and accuracies against the epoch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    epochs = [row["epoch"] for row in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.plot(epochs, [row["loss"] for row in history], color="black")
+    left.set(xlabel="epoch", ylabel="training loss")
+    for key, label in (
+        ("val_clean", "held-out, clean"),
+        ("val_robust", f"held-out, PGD-{args.steps}"),
+        ("train_robust", "training, adversarial"),
+    ):
+        right.plot(epochs, [row[key] for row in history], label=label)
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101))
+    right.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
