@@ -18,7 +18,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
@@ -116,7 +115,7 @@ def import_torchvision() -> ModuleType:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """x_train, y_train, x_test, y_test of an .npz, checked. Raises UserError naming the file, the array and the fault."""
+    """x_train, y_train, x_test, y_test of an .npz, checked. Raises UserError naming the file, the array, the fault."""
     keys = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -250,7 +249,7 @@ TRAINING_DEFAULTS = {
     "digits": _SMALL
     | dict(epochs=30, batch_size=64, lr=2e-3, eps="0.1", step_size="0.025", eps_warmup=3.0, source="ours"),
     "mnist": _SMALL
-    | dict(epochs=8, batch_size=128, lr=1e-3, eps="0.3", step_size="0.075", eps_warmup=1.0, source="ours"),
+    | dict(epochs=6, batch_size=128, lr=1e-3, eps="0.3", step_size="0.075", eps_warmup=1.0, source="ours"),
     "cifar10": _LARGE
     | dict(arch="wrn-34-10", lr=0.1, weight_decay=2e-4, eps="8/255", step_size="2/255", source="HE, Sec. 4"),
     "cifar100": _LARGE
@@ -263,23 +262,25 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     """An argparse type: a finite int or float, or a fraction such as 8/255, within [low, high]."""
 
     def parse(text: str) -> float:
+        numerator, slash, denominator = text.partition("/")
         try:
-            value = kind(text) if kind is int else float(Fraction(text))
-        except (ValueError, ZeroDivisionError, OverflowError):
+            value = int(text) if kind is int else float(numerator) / (float(denominator) if slash else 1)
+        except (ValueError, ZeroDivisionError):
             what = "a whole number" if kind is int else "a number or a fraction such as 8/255"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        if not low <= value <= high:
+        if not low <= value <= high or math.isinf(value):
             bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            hint = f"; pixels are in [0, 1]: {text}/255?" if high == 1 and kind is float else ""
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}{hint}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be finite and {bounds}")
         return value
 
     return parse
 
 
 def device_flag(text: str) -> str:
-    """An argparse type: a device that this machine has."""
+    """An argparse type: cpu, or a CUDA device that this machine has."""
     try:
+        if torch.device(text).type not in ("cpu", "cuda"):
+            raise RuntimeError("cpu, cuda or cuda:N")
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not to be had here ({str(error).splitlines()[0]})") from None
@@ -315,7 +316,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict] | None = None) -> Parser:
-    """The flags of every training script, with the defaults of the --dataset in argv; `overrides` as in DEFAULTS."""
+    """The flags of every training script, with the defaults for the --dataset in argv.
+
+    `overrides` maps a dataset to what the script's paper sets otherwise than TRAINING_DEFAULTS, its `source` among it.
+    """
     parser = Parser(doc)
     known = known_dataset(parser.peek(argv, "--dataset", "digits"))
     defaults = TRAINING_DEFAULTS[known] | (overrides or {}).get(known, {})
@@ -325,10 +329,8 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
         default = defaults[flag[2:].replace("-", "_")]
         parser.add_argument(flag, default=default, help=f"{text} (default: {default}; {defaults['source']})", **options)
 
-    flag = parser.add_argument
-    flag(
-        "--dataset", default="digits", metavar="NAME_OR_NPZ", help=f"{', '.join(KNOWN)}, or FILE.npz (default: digits)"
-    )
+    flag, names = parser.add_argument, ", ".join(KNOWN)
+    flag("--dataset", default="digits", metavar="NAME_OR_NPZ", help=f"{names}, or FILE.npz (default: digits)")
     flag("--data-dir", default="data", help="where datasets are looked for and downloaded to (default: data)")
     add("--arch", "small_cnn, resnet18, preactresnet18 or wrn-D-W")
     add("--epochs", "passes over the training images", type=number(int, 1))
@@ -341,7 +343,12 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     add("--step-size", "of the attack, in pixel units", type=number(float, 0, 1))
     add("--steps", "of the attack", type=number(int, 1))
     add("--eps-warmup", "epochs over which eps and step size rise from 0", type=number(float, 0))
-    flag("--seed", type=number(int, 0), default=0, help="of initialization, order, augmentation, attack (default: 0)")
+    flag(
+        "--seed",
+        type=number(int, 0, 2**63),
+        default=0,
+        help="of initialization, order, augmentation, attack (default: 0)",
+    )
     flag("--out", help="where the run is written (default: runs/METHOD-DATASET-sSEED)")
     flag("--resume", action="store_true", help="go on from OUT/last.pt, if there is one")
     flag("--limit", type=number(int, 1), metavar="N", help="train on N images only, for a quick try")
@@ -411,11 +418,12 @@ def pgd(
     momentum: float = 0.0,
     drop_fooled: bool = False,
 ) -> Tensor:
-    """Linf projected gradient ascent on loss(logits, y) (Madry et al. 2018; HE, Eq. 18 to 20): x_adv, as x (B, C, H, W).
+    """Linf projected gradient ascent on loss(logits, y), summed (Madry et al. 2018; HE, Eq. 18 to 20).
 
-    Starts from `start`, by default uniformly in the eps ball. momentum > 0 is MIM's, on the L1-normalized gradient.
+    x is (B, C, H, W) in [0, 1], eps and step_size are in pixel units; x_adv is returned, in the ball and in [0, 1].
+    Starts from `start`, by default a uniform point of the ball. momentum > 0 is MIM's, on the L1-normalized gradient.
     With drop_fooled an image that is misclassified already is moved no further, which saves its passes. The model is
-    in eval mode meanwhile; eps and step_size are in pixel units.
+    in eval mode meanwhile, its parameters frozen.
     """
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     x_adv = torch.empty_like(x).uniform_(-eps, eps).add_(x) if start is None else start
@@ -455,7 +463,7 @@ def write_atomically(path: Path, write: Callable[[object], None], mode: str = "w
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The file that a path means: itself, or for a run's directory its best.pt, before any held-out result last.pt."""
+    """The file that a path means: itself, or best.pt (else last.pt) of a run's directory. Raises UserError."""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
@@ -561,9 +569,9 @@ class Run:
         self._to_device()
 
     def _open(self) -> None:
-        """Make the run's directory, or take up the run that is in it."""
-        last = self.out / "last.pt"
-        if last.exists() and not self.args.resume:
+        """Make the run's directory, or take up the run that is in it, and say what is about to happen."""
+        args, data, last = self.args, self.data, self.out / "last.pt"
+        if last.exists() and not args.resume:
             raise UserError(f"{self.out} already holds a run: go on with --resume, or choose another --out")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -571,15 +579,15 @@ class Run:
             raise UserError(f"--out {self.out}: {error.strerror}") from None
         if last.exists():
             self._resume(last)
-        text = json.dumps(vars(self.args), indent=2)
-        write_atomically(self.out / "args.json", lambda file: file.write(text), "w")
-        count = sum(p.numel() for p in self.model.parameters())
+        settings = json.dumps(vars(args), indent=2)
+        write_atomically(self.out / "args.json", lambda file: file.write(settings), "w")
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         print(
-            f"{self.args.method}: {self.args.arch} ({count / 1e6:.2f} M parameters) on {self.args.device}, {self.data.name}"
+            f"{args.method} on {data.name} ({data.source}), {args.arch} with {millions:.2f} M parameters, {args.device}"
         )
         print(
-            f"{len(self.data.y_train)} training and {len(self.data.y_val)} held-out images from {self.data.source}; "
-            f"Linf eps {self.args.eps:.4g}; bfloat16 {'on' if self.args.amp else 'off'}; writing to {self.out}"
+            f"{len(data.y_train)} training and {len(data.y_val)} held-out images; Linf eps {args.eps:.4g}; "
+            f"bfloat16 {'on' if args.amp else 'off'}; writing to {self.out}"
         )
 
     def _resume(self, last: Path) -> None:
@@ -589,9 +597,8 @@ class Run:
         for key, old in content["args"].items():
             new = getattr(self.args, key, None)
             if key not in MAY_CHANGE and new != old:
-                raise UserError(
-                    f"--resume: --{key.replace('_', '-')} was {old}, now {new}; keep it, or choose another --out"
-                )
+                flag = "--" + key.replace("_", "-")
+                raise UserError(f"--resume: {flag} was {old}, now {new}; keep it, or choose another --out")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
@@ -625,7 +632,7 @@ class Run:
         print(f"python eval_all.py {self.out}")
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of shuffled x (B, C, H, W) in [0, 1] and y (B,) on the device; the last, smaller batch is dropped."""
+        """An epoch of shuffled x (B, C, H, W) in [0, 1] and y (B,) on the device; a last, smaller batch is dropped."""
         self.totals, self.started = torch.zeros(3, device=self.args.device), time.perf_counter()
         order = torch.randperm(len(self.y_train)).to(self.args.device)
         size = self.args.batch_size
@@ -680,9 +687,9 @@ class Run:
         self.history.append(row)
         self._save(is_best)
         print(
-            f"epoch {self.epoch:3d}/{self.args.epochs}  loss {row['loss']:.4f}  train robust {row['train_robust']:.2f}  "
-            f"held-out clean {clean:.2f}  PGD-{self.args.steps} {robust:.2f}{'*' if is_best else ' '} "
-            f"lr {row['lr']:.2g}  {row['images_per_s']:.0f} img/s",
+            f"epoch {self.epoch:3d}/{self.args.epochs}  loss {row['loss']:.4f}  train robust {row['train_robust']:.2f}"
+            f"  held-out clean {clean:.2f}  PGD-{self.args.steps} {robust:.2f}{'*' if is_best else ' '}"
+            f"  lr {row['lr']:.2g}  {row['images_per_s']:.0f} img/s",
             flush=True,
         )
 
@@ -693,7 +700,8 @@ class Run:
             return margin_ce(logits, y, self.model.scale)
 
         args, right_clean, right_adv = self.args, 0, 0
-        for x, y in zip(self.x_val.split(args.batch_size), self.y_val.split(args.batch_size)):
+        for rows in torch.arange(len(self.y_val), device=args.device).split(args.batch_size):
+            x, y = self.x_val[rows], self.y_val[rows]
             x_adv = pgd(self.model, x, y, loss=loss, eps=args.eps, step_size=args.step_size, steps=args.steps)
             with attack_mode(self.model), torch.no_grad():
                 right_clean += (self.model(x).argmax(1) == y).sum()
@@ -747,14 +755,14 @@ def plot_curves(history: list[dict], args: argparse.Namespace, path: Path) -> No
 
     epochs = [row["epoch"] for row in history]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    left.plot(epochs, [row["loss"] for row in history], color="black")
+    left.plot(epochs, [row["loss"] for row in history], color="black", marker=".")
     left.set(xlabel="epoch", ylabel="training loss")
     for key, label in (
         ("val_clean", "held-out, clean"),
         ("val_robust", f"held-out, PGD-{args.steps}"),
         ("train_robust", "training, adversarial"),
     ):
-        right.plot(epochs, [row[key] for row in history], label=label)
+        right.plot(epochs, [row[key] for row in history], label=label, marker=".")
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101))
     right.legend(loc="lower right")
     figure.savefig(path, dpi=150)

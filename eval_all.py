@@ -16,10 +16,10 @@ Attacks, in the order of this file (all Linf, eps in pixel units; -N is a number
     cw-inf-N                 the margin loss of Carlini & Wagner under PGD
     autoattack-official      the autoattack package, where it is installed
 
-The evaluator decides what counts, not the attack: an adversarial image must lie in the ball and in [0, 1], and the model
-must misclassify it in float32. An image that is misclassified clean is not robust under any attack.
-OUT receives eval.json, eval.csv, eval.png and verdicts.npz (per image: index, label, clean_prediction, and a bool for each
-attack: still right); with several models each has its own folder in OUT, beside the comparison.
+The evaluator decides what counts, not the attack: an adversarial image must lie in the ball and in [0, 1], and the
+model must misclassify it in float32. An image that is misclassified clean is not robust under any attack.
+OUT receives eval.json, eval.csv, eval.png and verdicts.npz (per image: index, label, clean_prediction, and a bool for
+each attack: still right); with several models each has its own folder in OUT, beside the comparison.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import inspect
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +46,9 @@ import common
 # ---------------------------------------------------------------------------------------------------------- attacks
 # (model, x, y, *, eps, **options) -> x_adv; x and x_adv are (B, C, H, W) in [0, 1]. The evaluator passes the options of
 # the command line (step_size) to those that take them.
+
+
+Attack = Callable[..., Tensor]
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
@@ -121,7 +125,7 @@ def autoattack_official(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -
     return adversary.run_standard_evaluation(x.contiguous(), y, bs=len(x))
 
 
-ATTACKS: dict[str, Callable[..., Tensor]] = {
+ATTACKS: dict[str, Attack] = {
     "clean": clean,
     "noise": noise,
     "fgsm": fgsm,
@@ -152,7 +156,7 @@ THREAT = {  # (eps, step size) of the papers' evaluations; digits is ours
 GET_AUTOATTACK = "autoattack-official needs a package: pip install git+https://github.com/fra31/auto-attack"
 
 
-def find_attack(name: str) -> Callable[..., Tensor]:
+def find_attack(name: str) -> Attack:
     """ATTACKS[name]; a name that differs from one of them only in its number of steps gives that attack."""
     if name == "autoattack-official" and importlib.util.find_spec("autoattack") is None:
         raise common.UserError(GET_AUTOATTACK)
@@ -166,7 +170,7 @@ def find_attack(name: str) -> Callable[..., Tensor]:
     raise common.UserError(f"unknown attack {name!r}: choose from {', '.join(ATTACKS)} or {', '.join(PRESETS)}")
 
 
-def named_attacks(text: str) -> dict[str, Callable[..., Tensor]]:
+def named_attacks(text: str) -> dict[str, Attack]:
     """The attacks of --attacks: names and presets, separated by commas; clean comes first in any case."""
     names = [name for part in text.split(",") for name in PRESETS.get(part.strip(), [part.strip()])]
     if text == "all" and importlib.util.find_spec("autoattack") is None:
@@ -203,7 +207,7 @@ def check_ball(name: str, x_adv: Tensor, x: Tensor, eps: float) -> None:
 
 
 def survivors(
-    model: nn.Module, name: str, attack: Callable[..., Tensor], x: Tensor, y: Tensor, right: Tensor, settings: dict
+    model: nn.Module, name: str, attack: Attack, x: Tensor, y: Tensor, right: Tensor, settings: dict
 ) -> tuple[Tensor, int]:
     """Which of the images that are `right` (N,) clean are so under the attack, and how often a logit was not finite."""
     torch.manual_seed(settings["seed"])  # so that no attack depends on which others ran before it
@@ -212,7 +216,9 @@ def survivors(
     restarts = 1 if getattr(attack, "func", attack) in DETERMINISTIC else settings["restarts"]
     right, faults = right.clone(), 0
     for _ in range(restarts):
-        for rows in right.nonzero().flatten().split(settings["batch_size"]):
+        standing = right.nonzero().flatten()
+        for first in range(0, len(standing), settings["batch_size"]):
+            rows = standing[first : first + settings["batch_size"]]
             x_adv = attack(model, x[rows], y[rows], eps=settings["eps"], **options)
             check_ball(name, x_adv, x[rows], settings["eps"])
             prediction = predict(model, x_adv)
@@ -221,7 +227,7 @@ def survivors(
     return right, faults
 
 
-def evaluate(model: nn.Module, attacks: dict[str, Callable[..., Tensor]], x: Tensor, y: Tensor, settings: dict) -> dict:
+def evaluate(model: nn.Module, attacks: dict[str, Attack], x: Tensor, y: Tensor, settings: dict) -> dict:
     """Run the attacks on images x (N, C, H, W) in [0, 1] with labels y (N,).
 
     settings: eps, step_size, restarts, batch_size, seed. Returns `prediction` (N,), `right` {attack: bool (N,)},
@@ -312,24 +318,29 @@ def load_test_set(args: argparse.Namespace, found: list[tuple[str, nn.Module, di
         raise common.UserError(f"which dataset? ({names}): give --dataset")
     dataset = args.dataset or next(iter(trained_on))
     data = common.load_data(dataset, args.data_dir or trained_on.get(dataset, "data"))
-    shape = tuple(data.x_test.shape[1:])
     for name, model, _ in found:
-        if options := getattr(model, "options", None):
-            size = options.get("image_size", 32)
-            wants = (options.get("in_channels", 3), size, size)
-            if wants != shape or options["num_classes"] != data.num_classes:
-                raise common.UserError(
-                    f"{name} ({options['arch']}) takes {wants} images in {options['num_classes']} classes, but {data.name} "
-                    f"has {shape} in {data.num_classes}"
-                )
-        try:
-            logits = model(common.to_float(data.x_test[:2]).to(args.device))
-        except Exception as error:
-            raise common.UserError(f"{name} fails on {shape} images: {type(error).__name__}: {error}") from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < data.num_classes:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise common.UserError(f"{name} must return logits (B, {data.num_classes}); for 2 images it returned {got}")
+        check_fit(name, model, data, args.device)
     return data
+
+
+def check_fit(name: str, model: nn.Module, data: common.Data, device: str) -> None:
+    """Raises UserError where the model was built for other images or classes, or does not return logits (B, K)."""
+    shape, classes = tuple(data.x_test.shape[1:]), data.num_classes
+    if isinstance(model, common.models.Classifier):
+        built = model.options
+        wants = (built["in_channels"], built["image_size"], built["image_size"])
+        if wants != shape or built["num_classes"] != classes:
+            raise common.UserError(
+                f"{name} ({built['arch']}) takes images {wants} in {built['num_classes']} classes, "
+                f"but {data.name} has {shape} in {classes}"
+            )
+    try:
+        logits = model(common.to_float(data.x_test[:2]).to(device))
+    except Exception as error:
+        raise common.UserError(f"{name} fails on images {shape}: {type(error).__name__}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < classes:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise common.UserError(f"{name} must return logits (B, {classes}); for 2 images it returned {got}")
 
 
 # ---------------------------------------------------------------------------------------------------------- reports
@@ -362,9 +373,7 @@ def print_report(result: dict) -> None:
         interval, share = f"{row['low']:.2f} - {row['high']:.2f}", f"{row['right']}/{row['n']}"
         print(f"{attack:<20} {row['accuracy']:9.2f} {interval:>16} {share:>12} {row['seconds']:9.1f}")
         if row["not_finite"]:
-            print(
-                f"FAULT: {row['not_finite']} images got logits that are not finite under {attack}; not counted as right"
-            )
+            print(f"FAULT: logits that are not finite on {row['not_finite']} images under {attack}; counted as wrong")
 
 
 def print_comparison(results: list[dict]) -> None:
@@ -488,10 +497,11 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
         "device": args.device,
         "torch": str(torch.__version__),
-        "command": "python eval_all.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "command": shlex.join(["python", "eval_all.py", *(sys.argv[1:] if argv is None else argv)]),
     }
     # Files may be ordered class by class, so a subset is drawn at random, the same for every model and every seed.
-    index = torch.from_numpy(np.random.default_rng(common.SPLIT_SEED).permutation(len(data.y_test))[: args.n]).sort()[0]
+    order = np.random.default_rng(common.SPLIT_SEED).permutation(len(data.y_test))
+    index = torch.from_numpy(np.sort(order[: args.n]))
     x, y = common.to_float(data.x_test[index]).to(args.device), data.y_test[index].to(args.device)
     out, results = output_folder(args, len(found)), []
     for name, model, meta in found:

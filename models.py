@@ -211,10 +211,11 @@ def make_head(head: str, feature_dim: int, num_classes: int, fn: bool, wn: bool)
     """The layer from z (B, d) to logits (B, K). Raises ValueError for a combination that has no meaning."""
     if head not in HEADS:
         raise ValueError(f"unknown head {head!r}: choose one of {', '.join(HEADS)}")
+    if head != "he" and not (fn and wn):
+        why = "has nothing to normalize" if head == "linear" else "takes the arccos of a cosine and needs both"
+        raise ValueError(f"fn and wn can be switched off for head he alone: {head} {why}")
     if head == "linear":
         return nn.Linear(feature_dim, num_classes)
-    if head == "mhe" and not (fn and wn):
-        raise ValueError("head mhe takes arccos of a cosine: it needs both feature and weight normalization (fn, wn)")
     return HEHead(feature_dim, num_classes, fn, wn, angular=head == "mhe")
 
 
@@ -235,7 +236,7 @@ def build_model(
     """A fresh model on square images of `image_size` pixels; `build_model(**model.options)` builds the same again.
 
     scale (s) and margin (m) are those of the training loss: they change no logit here, and tell an attack what the
-    model was trained with. fn and wn concern the heads `he` and `mhe` alone. Raises ValueError with what is wrong.
+    model was trained with. fn and wn normalize features and weights of head `he`. Raises ValueError with what is wrong.
     """
     options = dict(locals())
     model = make_backbone(arch, in_channels, image_size)

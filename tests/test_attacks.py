@@ -1,0 +1,140 @@
+"""PGD and the table of attacks: closed forms on linear models, the ball, the range, and what an attack leaves alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import eval_all
+
+DOUBLE = torch.float64
+
+
+def two_class_problem(linear_model, n=5):
+    generator = torch.Generator().manual_seed(0)
+    model = linear_model(torch.randn(2, 16, dtype=DOUBLE, generator=generator))
+    x = torch.rand(n, 1, 4, 4, dtype=DOUBLE, generator=generator)
+    return model, x, torch.arange(n) % 2
+
+
+def closed_form(model, x, y, eps):
+    """On a linear two-class model the optimum is x - eps * sign(w_y - w_j), cut to [0, 1] pixel by pixel."""
+    difference = model.weight[y] - model.weight[1 - y]
+    return (x - eps * difference.sign().view_as(x)).clamp(0, 1).detach()
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.05, 0.3, 1.0])
+def test_pgd_reaches_the_optimum_of_a_linear_model(linear_model, eps):
+    model, x, y = two_class_problem(linear_model)
+    x_adv = common.pgd(model, x, y, loss=eval_all.ce, eps=eps, step_size=max(eps / 4, 1e-3), steps=12)
+    torch.testing.assert_close(x_adv, closed_form(model, x, y, eps))
+
+
+@pytest.mark.parametrize("name", ["fgsm", "bim-20", "mim-20", "pgd-20", "pgd-20-scaled", "adaptive-pgd-20", "cw-inf"])
+def test_every_linf_attack_reaches_the_optimum_of_a_linear_model(linear_model, name):
+    model, x, _ = two_class_problem(linear_model, n=60)
+    y = model(x).argmax(1)
+    robust = model(closed_form(model, x, y, 0.1)).argmax(1) == y  # an attack leaves the others once they are fooled
+    x, y = x[robust], y[robust]
+    options = {} if name == "fgsm" else {"step_size": 0.02}
+    x_adv = eval_all.find_attack(name)(model, x, y, eps=0.1, **options)
+    assert len(x) > 10
+    torch.testing.assert_close(x_adv, closed_form(model, x, y, 0.1))
+
+
+@pytest.mark.parametrize("name", [name for name in eval_all.ATTACKS if "official" not in name and "500" not in name])
+def test_attacks_stay_in_the_ball_and_the_range_and_keep_the_model(small_model, name):
+    x, y = torch.rand(6, 1, 8, 8), torch.arange(6)
+    x[0], x[1] = 0.0, 1.0
+    small_model.train()
+    before = {key: value.clone() for key, value in small_model.state_dict().items()}
+    options = (
+        {"step_size": 0.03} if "step_size" in eval_all.inspect.signature(eval_all.ATTACKS[name]).parameters else {}
+    )
+    x_adv = eval_all.find_attack(name)(small_model, x, y, eps=0.1, **options)
+    eval_all.check_ball(name, x_adv, x, 0.1)
+    assert x_adv.shape == x.shape and not x_adv.requires_grad
+    assert small_model.training and all(p.requires_grad and p.grad is None for p in small_model.parameters())
+    assert all(torch.equal(before[key], value) for key, value in small_model.state_dict().items())
+
+
+def test_the_loss_rises_with_eps_and_with_steps_on_a_linear_model(linear_model):
+    model, x, y = two_class_problem(linear_model)
+
+    def reached(eps, steps):
+        x_adv = common.pgd(model, x, y, loss=eval_all.ce, eps=eps, step_size=0.02, steps=steps, start=x)
+        return F.cross_entropy(model(x_adv), y).item()
+
+    by_eps = [reached(eps, 20) for eps in (0.0, 0.05, 0.1, 0.2)]
+    by_steps = [reached(0.2, steps) for steps in (1, 2, 5, 10)]
+    assert by_eps == sorted(by_eps) and by_eps[0] < by_eps[-1]
+    assert by_steps == sorted(by_steps) and by_steps[0] < by_steps[-1]
+
+
+def test_drop_fooled_leaves_misclassified_images_where_they_are(linear_model):
+    model, x, _ = two_class_problem(linear_model)
+    wrong = 1 - model(x).argmax(1)
+    x_adv = common.pgd(model, x, wrong, loss=eval_all.ce, eps=0.1, step_size=0.02, steps=5, start=x, drop_fooled=True)
+    assert torch.equal(x_adv, x)
+    one_right = wrong.clone()
+    one_right[2] = 1 - wrong[2]
+    x_adv = common.pgd(
+        model, x, one_right, loss=eval_all.ce, eps=0.1, step_size=0.02, steps=5, start=x, drop_fooled=True
+    )
+    assert [bool((a != b).any()) for a, b in zip(x_adv, x, strict=True)] == [False, False, True, False, False]
+
+
+def test_an_attack_that_drops_fooled_images_fools_no_fewer(small_model):
+    x = torch.rand(64, 1, 8, 8)
+    y = small_model(x).argmax(1)
+    settings = dict(loss=eval_all.ce, eps=0.2, step_size=0.02, steps=10, start=x)
+    fooled = [
+        (small_model(common.pgd(small_model, x, y, drop_fooled=drop, **settings)).argmax(1) != y).sum().item()
+        for drop in (False, True)
+    ]
+    assert 0 < fooled[0] <= fooled[1]
+
+
+def test_momentum_is_mims_recursion(linear_model):
+    """HE, Eq. 19 and 20, written out."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+    ).double()
+    x, y = torch.rand(4, 1, 4, 4, dtype=DOUBLE), torch.tensor([0, 1, 2, 0])
+    x_adv, g = x.clone(), torch.zeros_like(x)
+    for _ in range(6):
+        x_adv.requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
+        g = 1.0 * g + grad / grad.abs().sum((1, 2, 3), keepdim=True)
+        x_adv = torch.min(torch.max(x_adv.detach() + 0.03 * g.sign(), x - 0.1), x + 0.1).clamp(0, 1)
+    ours = common.pgd(model, x, y, loss=eval_all.ce, eps=0.1, step_size=0.03, steps=6, start=x, momentum=1.0)
+    torch.testing.assert_close(ours, x_adv)
+
+
+def test_the_scale_of_an_he_model_reaches_the_attacks_that_promise_it(small_model, monkeypatch):
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    logits, seen = torch.linspace(-1, 1, 10).repeat(4, 1), []
+    monkeypatch.setattr(common, "pgd", lambda model, x, y, *, loss, **_: seen.append(loss(logits, y)))
+    for name in ("pgd-20", "pgd-20-scaled", "adaptive-pgd-20"):
+        eval_all.find_attack(name)(small_model, x, y, eps=0.1, step_size=0.01)
+    expected = [
+        F.cross_entropy(logits, y, reduction="none"),
+        F.cross_entropy(15 * logits, y, reduction="none"),
+        F.cross_entropy(15 * (logits - 0.2 * F.one_hot(y, 10)), y, reduction="none"),
+    ]
+    torch.testing.assert_close(seen, expected)
+
+
+def test_cw_margin_is_positive_exactly_where_the_image_is_misclassified():
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]])
+    assert eval_all.cw_margin(logits, torch.tensor([0, 2])).tolist() == [-1.0, 1.0]
+
+
+def test_attack_names_with_other_numbers_of_steps():
+    assert eval_all.find_attack("pgd-40").keywords == {"steps": 40}
+    assert eval_all.find_attack("adaptive-pgd-7").func is eval_all.adaptive_pgd
+    assert eval_all.find_attack("pgd-3-scaled").func is eval_all.pgd_scaled
+    for wrong in ("pgd", "pgd-0", "pgd-x", "fgsm-20", "20-pgd", "pgd-20-", ""):
+        with pytest.raises(common.UserError, match="unknown attack"):
+            eval_all.find_attack(wrong)

@@ -1,0 +1,222 @@
+"""Wrong input, each answered by one line and exit code 2, through the same path that a user takes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import models
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("train_pgd_he", "train_trades_he", "train_angular_at")
+
+BAD_FLAGS = {
+    "unknown dataset 'nope'": ["--dataset", "nope"],
+    "missing.npz: no such file": ["--dataset", "missing.npz"],
+    "argument --eps: 'abc' is not a number or a fraction": ["--eps", "abc"],
+    "argument --eps: '8/' is not a number": ["--eps", "8/"],
+    "argument --eps: '8/0' is not a number": ["--eps", "8/0"],
+    "argument --eps: 8 is out of range": ["--eps", "8"],
+    "argument --eps: -0.1 is out of range": ["--eps=-0.1"],
+    "argument --eps: nan is out of range": ["--eps", "nan"],
+    "argument --lr: inf is out of range": ["--lr", "inf"],
+    "argument --lr: 1e999 is out of range": ["--lr", "1e999"],
+    "argument --steps: '2.5' is not a whole number": ["--steps", "2.5"],
+    "argument --epochs: 0 is out of range": ["--epochs", "0"],
+    "argument --head: invalid choice: 'cosine'": ["--head", "cosine"],
+    "argument --device: 'tpu' is not to be had": ["--device", "tpu"],
+    "argument --device: 'meta' is not to be had": ["--device", "meta"],
+    "unrecognized arguments: --epss": ["--epss", "0.1"],
+    "unknown arch 'vgg'": ["--arch", "vgg"],
+    "depth of wrn-D-W": ["--arch", "wrn-12-1"],
+    "head he alone": ["--head", "mhe", "--no-fn"],
+    "--batch-size 5000": ["--batch-size", "5000"],
+    "90 training images are too few": ["--limit", "90"],
+    "expected one argument": ["--dataset"],
+}
+
+
+@pytest.mark.parametrize("complaint", BAD_FLAGS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_bad_flag_is_one_line(refused, script, complaint):
+    line = refused(script, *BAD_FLAGS[complaint])
+    assert complaint in line and line.startswith(f"{script}.py: error: ")
+
+
+def test_out_that_cannot_be_made_is_one_line(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "--out" in refused("train_pgd_he", "--out", tmp_path / "file" / "run")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of an untrained small model on 3x32x32 images, as a Run writes it."""
+    model = models.build_model("wrn-10-1", 10, head="he")
+    content = {
+        "format": common.FORMAT,
+        "model": model.state_dict(),
+        "model_options": model.options,
+        "args": {"dataset": "digits", "data_dir": "data"},
+    }
+    torch.save(content, tmp_path / "good.pt")
+    return tmp_path / "good.pt"
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("payload-ran"),))
+
+
+def broken(kind, good):
+    """A file that is no good checkpoint, and what must be said of it."""
+    content, path = common.read_file(good), good.with_name("broken.pt")
+    if kind == "truncated":
+        path.write_bytes(good.read_bytes()[:5000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not a checkpoint")
+    elif kind == "png":
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    elif kind == "list":
+        torch.save([1, 2, 3], path)
+    elif kind == "pickle":
+        torch.save({"format": common.FORMAT, "model": Payload()}, path)
+    elif kind == "foreign":
+        torch.save({"epoch": 3, "weights": "none"}, path)
+    elif kind == "wrong arch":
+        torch.save(content | {"model_options": content["model_options"] | {"arch": "wrn-16-1"}}, path)
+    elif kind == "unknown arch":
+        torch.save(content | {"model_options": content["model_options"] | {"arch": "../vgg"}}, path)
+    elif kind == "no options":
+        torch.save({"format": common.FORMAT}, path)
+    return path
+
+
+FAULTS = {
+    "truncated": "truncated, or no checkpoint",
+    "empty": "truncated, or no checkpoint",
+    "text": "truncated, or no checkpoint",
+    "png": "truncated, or no checkpoint",
+    "pickle": "truncated, or no checkpoint",
+    "list": "holds a list",
+    "foreign": "neither a checkpoint of this project nor a plain state dict",
+    "wrong arch": "do not fit arch wrn-16-1",
+    "unknown arch": "unknown arch '../vgg'",
+    "no options": "do not fit",
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_file_that_is_no_good_checkpoint_is_one_line(refused, checkpoint, tmp_path, kind):
+    path = broken(kind, checkpoint)
+    line = refused("eval_all", path)
+    assert FAULTS[kind] in line and str(path) in line
+    assert not (tmp_path / "payload-ran").exists()
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    ([], "name a checkpoint"),
+    (["none.pt"], "none.pt: no such checkpoint"),
+    (["GOOD", "--attacks", "pgd-20,magic"], "unknown attack 'magic'"),
+    (["GOOD", "--dataset", "nope"], "unknown dataset 'nope'"),
+    (["GOOD", "--dataset", "digits"], "takes images (3, 32, 32) in 10 classes, but digits has (1, 8, 8) in 10"),
+    (["GOOD", "--n", "0"], "argument --n: 0 is out of range"),
+    (["--model", "nowhere.py:make"], "there is no file nowhere.py"),
+    (["--model", "no_colon.py"], "FILE.py:FUNCTION"),
+    (["--model", "user.py:absent"], "AttributeError"),
+    (["--model", "user.py:raises"], "ZeroDivisionError"),
+    (["--model", "user.py:number"], "returned a int, not an nn.Module"),
+    (["--model", "user.py:identity", "--dataset", "digits"], "must return logits (B, 10)"),
+    (["--model", "user.py:convolution", "--dataset", "digits"], "fails on images (1, 8, 8)"),
+    (["--model", "user.py:identity"], "which dataset?"),
+])  # fmt: skip
+def test_eval_all_answers_bad_input_in_one_line(refused, checkpoint, tmp_path, arguments, complaint):
+    (tmp_path / "user.py").write_text(
+        "import torch\n"
+        "raises = lambda: 1 / 0\n"
+        "number = lambda: 3\n"
+        "identity = torch.nn.Identity\n"
+        "convolution = lambda: torch.nn.Conv2d(3, 10, 3)\n"
+    )
+    assert complaint in refused("eval_all", *[checkpoint if word == "GOOD" else word for word in arguments])
+
+
+def test_a_bare_state_dict_asks_what_it_is_and_a_wrong_answer_is_one_line(refused, tmp_path):
+    torch.save(models.build_model("wrn-10-1", 10).state_dict(), tmp_path / "bare.pt")
+    assert "--arch, --head and --dataset" in refused("eval_all", tmp_path / "bare.pt")
+    flags = ["--dataset", "cifar10", "--arch"]
+    assert "do not fit arch wrn-16-1" in refused("eval_all", tmp_path / "bare.pt", *flags, "wrn-16-1")
+    assert "do not fit arch wrn-10-1" in refused("eval_all", tmp_path / "bare.pt", *flags, "wrn-10-1", "--head", "he")
+
+
+def test_models_of_different_datasets_are_not_compared(refused, checkpoint, tmp_path):
+    content = common.read_file(checkpoint)
+    torch.save(content | {"args": {"dataset": "cifar10", "data_dir": "data"}}, tmp_path / "other.pt")
+    assert "which dataset? (digits, cifar10)" in refused("eval_all", checkpoint, tmp_path / "other.pt")
+
+
+def test_autoattack_official_without_the_package_says_how_to_get_it(refused, checkpoint, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "autoattack" else find(name))
+    assert "pip install git+https://github.com/fra31/auto-attack" in refused(
+        "eval_all", checkpoint, "--attacks", "autoattack-official"
+    )
+
+
+def test_the_shell_sees_exit_code_2_and_one_line():
+    command = [sys.executable, str(ROOT / "train_angular_at.py"), "--dataset", "nope"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "unknown dataset" in result.stderr
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval_all"])
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "cifar100", "mine.npz"])
+def test_help_shows_the_defaults_in_force_and_their_source(cli, script, dataset):
+    code, out, _ = cli(script, "--dataset", dataset, "--help")
+    assert code == 0
+    if script != "eval_all":
+        source = {"digits": "ours", "mine.npz": "ours", "cifar100": "Angular-AT, Sec. 5", "cifar10": "HE, Sec. 4"}[
+            dataset
+        ]
+        if script == "train_angular_at" and dataset == "cifar10":
+            source = "Angular-AT, Sec. 5"
+        assert source in " ".join(out.replace("Angular-\n", "Angular-").split()).replace("Angular- AT", "Angular-AT")
+
+
+def test_the_papers_defaults(monkeypatch):
+    import train_angular_at
+    import train_pgd_he
+    import train_trades_he
+
+    def defaults(script, *argv):
+        return vars(script.parse_args(list(argv)))
+
+    shared = dict(
+        epochs=100, batch_size=128, optimizer="sgd", schedule="multistep", steps=10, eps_warmup=0.0, scale=15.0
+    )
+    he = shared | dict(arch="wrn-34-10", lr=0.1, weight_decay=2e-4, eps=8 / 255, step_size=2 / 255, margin=0.2)
+    angular = shared | dict(arch="wrn-34-10", lr=0.1, weight_decay=5e-4, eps=0.031, step_size=0.007, margin=0.0)
+    angular |= dict(alpha=0.55, beta=0.48)
+    cifar100 = angular | dict(arch="resnet18", lr=0.01, weight_decay=3.5e-3)
+    for expected, got in (
+        (he, defaults(train_pgd_he, "--dataset", "cifar10")),
+        (he | dict(beta=6.0), defaults(train_trades_he, "--dataset", "x/cifar10_jpeg.npz")),
+        (he | dict(margin=0.1, head="mhe"), defaults(train_pgd_he, "--dataset", "cifar10", "--head", "mhe")),
+        (he | dict(margin=0.0, scale=1.0), defaults(train_pgd_he, "--dataset=cifar10", "--head=linear")),
+        (angular, defaults(train_angular_at, "--dataset", "cifar10")),
+        (cifar100, defaults(train_angular_at, "--dataset", "cifar100")),
+    ):
+        assert {key: got[key] for key in expected} == expected
+
+
+def test_hostile_npz_does_not_run_code(make_npz, refused, tmp_path):
+    path = make_npz(y_train=np.array([Payload()] * 140, dtype=object))
+    assert "not a readable .npz" in refused("train_pgd_he", "--dataset", path)
+    assert not (tmp_path / "payload-ran").exists()

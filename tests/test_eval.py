@@ -1,0 +1,215 @@
+"""The evaluator: what counts as robust, what is caught, and what is written."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import eval_all
+import models
+
+SETTINGS = dict(eps=0.1, step_size=0.02, restarts=1, batch_size=16, seed=0)
+
+
+class Threshold(torch.nn.Module):
+    """Predicts class 1 where the first pixel is above 0.5, else class 0; the margin is that pixel's distance to 0.5."""
+
+    def forward(self, x):
+        return torch.stack([0.5 - x[:, 0, 0, 0], x[:, 0, 0, 0] - 0.5], dim=1)
+
+
+@pytest.fixture
+def pixels():
+    """Images whose robustness at eps 0.1 is known: wrong, right within the ball's reach, right beyond it."""
+    x = torch.full((6, 1, 2, 2), 0.5)
+    x[:, 0, 0, 0] = torch.tensor([0.3, 0.45, 0.56, 0.55, 0.8, 0.2])
+    y = torch.tensor([1, 0, 0, 1, 1, 0])  # images 0 and 2 are misclassified clean
+    return x, y
+
+
+def test_robust_means_right_clean_and_right_under_attack(pixels):
+    attacks = eval_all.named_attacks("pgd-20,fgsm,bim-20,mim-20,cw-inf,pgd-20-scaled,adaptive-pgd-20")
+    outcome = eval_all.evaluate(Threshold(), attacks, *pixels, SETTINGS)
+    assert outcome["right"]["clean"].tolist() == [False, True, False, True, True, True]
+    for name in attacks:
+        if name != "clean":
+            assert outcome["right"][name].tolist() == [False, False, False, False, True, True], name
+
+
+def test_every_attack_is_judged_by_the_evaluator_and_the_worst_case_is_image_by_image(pixels):
+    def fools(image):
+        def attack(model, x, y, *, eps):
+            near = (x[:, 0, 0, 0] - image).abs() < 1e-6
+            return torch.where(
+                near[:, None, None, None], x + eps * torch.where(y == 1, -1.0, 1.0)[:, None, None, None], x
+            )
+
+        return attack
+
+    outcome = eval_all.evaluate(
+        Threshold(), {"clean": eval_all.clean, "a": fools(0.45), "b": fools(0.55)}, *pixels, SETTINGS
+    )
+    result = eval_all.report("toy", {}, outcome, SETTINGS)["attacks"]
+    assert [result[name]["right"] for name in ("clean", "a", "b", "worst case")] == [4, 3, 3, 2]
+
+
+@pytest.mark.parametrize("offense, complaint", [
+    (lambda x: (x + 0.11).clamp(0, 1), "left the ball"),
+    (lambda x: x + 0.1, "left [0, 1]"),
+    (lambda x: x - 0.1, "left [0, 1]"),
+    (lambda x: x * math.nan, "left the ball"),
+])  # fmt: skip
+def test_an_attack_that_cheats_is_caught(offense, complaint):
+    x, y = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1), torch.tensor([0, 0, 1])
+    cheat = {"clean": eval_all.clean, "cheat": lambda model, x, y, *, eps: offense(x)}
+    with pytest.raises(common.UserError, match="cheat") as caught:
+        eval_all.evaluate(Threshold(), cheat, x, y, SETTINGS)
+    assert complaint in str(caught.value)
+
+
+def test_logits_that_are_not_finite_are_a_fault_and_count_as_wrong(pixels, capsys):
+    class Breaks(Threshold):
+        def forward(self, x):
+            return super().forward(x) / (x[:, :1, 0, 0] < 0.75)  # inf and nan above 0.75
+
+    outcome = eval_all.evaluate(Breaks(), {"clean": eval_all.clean}, *pixels, SETTINGS)
+    result = eval_all.report("toy", {}, outcome, SETTINGS | {"dataset": "toy"})
+    eval_all.print_report(result)
+    assert result["attacks"]["clean"]["right"] == 3 and result["attacks"]["clean"]["not_finite"] == 1
+    assert "FAULT: logits that are not finite on 1 images" in capsys.readouterr().out
+
+
+def test_restarts_only_ever_lower_the_accuracy(small_model):
+    x = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    y, counts = small_model(x).argmax(1), []
+    for restarts in (1, 2, 8):
+        settings = SETTINGS | {"restarts": restarts}
+        outcome = eval_all.evaluate(small_model, eval_all.named_attacks("noise"), x, y, settings)
+        counts.append(int(outcome["right"]["noise"].sum()))
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+
+
+def test_a_verdict_does_not_depend_on_the_other_attacks(small_model):
+    x = torch.rand(32, 1, 8, 8)
+    y = small_model(x).argmax(1)
+    alone = eval_all.evaluate(small_model, eval_all.named_attacks("pgd-3"), x, y, SETTINGS)
+    among = eval_all.evaluate(small_model, eval_all.named_attacks("noise,cw-inf,pgd-3"), x, y, SETTINGS)
+    assert torch.equal(alone["right"]["pgd-3"], among["right"]["pgd-3"])
+
+
+@pytest.mark.parametrize("right, n, low, high", [  # Newcombe 1998, Table I, method 3
+    (81, 263, 25.53, 36.62), (15, 148, 6.24, 16.05), (0, 20, 0.0, 16.11), (1, 29, 0.61, 17.18),
+])  # fmt: skip
+def test_wilson_intervals_are_the_published_ones(right, n, low, high):
+    assert eval_all.wilson(right, n) == pytest.approx((low, high), abs=0.006)
+    mirrored = eval_all.wilson(n - right, n)
+    assert mirrored == pytest.approx((100 - high, 100 - low), abs=0.006)
+
+
+@pytest.fixture
+def run_folder(make_npz, tmp_path):
+    """folder(name) -> a run directory with an untrained model for toy.npz, whose arrays are 8x8 gray images."""
+    path = make_npz()
+
+    def folder(name, head="he"):
+        torch.manual_seed(0)
+        model = models.build_model("wrn-10-1", 10, 1, image_size=8, head=head, scale=15.0 if head == "he" else 1.0)
+        content = {
+            "format": common.FORMAT,
+            "model": model.state_dict(),
+            "model_options": model.options,
+            "method": name,
+            "args": {"dataset": str(path), "data_dir": "data"},
+        }
+        (tmp_path / name).mkdir()
+        torch.save(content, tmp_path / name / "best.pt")
+        return tmp_path / name
+
+    return folder
+
+
+def test_one_checkpoint_gives_table_json_csv_verdicts_and_plot(cli, run_folder):
+    run = run_folder("run")
+    code, out, _ = cli("eval_all", run, "--attacks", "fgsm,pgd-3", "--n", "15")
+    assert code == 0 and "worst case" in out and "written to" in out
+    result = json.loads((run / "eval" / "eval.json").read_text())
+    assert list(result["attacks"]) == ["clean", "fgsm", "pgd-3", "worst case"]
+    assert (
+        result["eps"] == 8 / 255
+        and result["attacks"]["clean"]["n"] == 15
+        and result["command"].startswith("python eval_all")
+    )
+    with open(run / "eval" / "eval.csv") as file:
+        rows = list(csv.DictReader(file))
+    verdicts = np.load(run / "eval" / "verdicts.npz")
+    assert set(verdicts) == {"index", "label", "clean_prediction", "clean", "fgsm", "pgd-3"}
+    for row in rows[:3]:
+        assert int(row["right"]) == verdicts[row["attack"]].sum() == result["attacks"][row["attack"]]["right"]
+    assert np.array_equal(verdicts["clean"], verdicts["label"] == verdicts["clean_prediction"])
+    assert int(rows[3]["right"]) == np.logical_and(verdicts["fgsm"], verdicts["pgd-3"]).sum()
+    assert (run / "eval" / "eval.png").read_bytes().startswith(b"\x89PNG")
+    assert len(set(verdicts["index"])) == 15 and np.array_equal(
+        verdicts["label"], (np.arange(20) % 10)[verdicts["index"]]
+    )
+
+
+def test_several_checkpoints_give_one_comparison(cli, run_folder, tmp_path):
+    runs = [run_folder("first"), run_folder("second", head="linear")]
+    code, out, _ = cli("eval_all", *runs, "--attacks", "fgsm", "--out", tmp_path / "both")
+    assert code == 0
+    table = out[out.rindex("clean") :]
+    assert "first" in table and "second" in table and "+-" in table
+    assert [result["model"] for result in json.loads((tmp_path / "both" / "eval.json").read_text())] == [
+        "first",
+        "second",
+    ]
+    for name in ("first", "second"):
+        assert {p.name for p in (tmp_path / "both" / name).iterdir()} == {
+            "eval.json",
+            "eval.csv",
+            "eval.png",
+            "verdicts.npz",
+        }
+
+
+def test_the_same_call_gives_the_same_verdicts(cli, run_folder, tmp_path):
+    run = run_folder("run")
+    files = []
+    for name in ("a", "b"):
+        assert cli("eval_all", run, "--attacks", "noise,pgd-3,cw-inf", "--out", tmp_path / name)[0] == 0
+        files.append((tmp_path / name / "verdicts.npz").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_users_own_model_and_a_models_with_the_same_name(cli, run_folder, make_npz, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef make_model():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    run = run_folder("run")
+    model = f"{tmp_path / 'mine.py'}:make_model"
+    code, out, _ = cli("eval_all", run, run, "--model", model, "--attacks", "fgsm", "--out", tmp_path / "out")
+    assert code == 0 and all(name in out for name in ("1-run", "2-run", "3-mine:make_model"))
+    alone = cli("eval_all", "--model", model, "--dataset", make_npz(), "--attacks", "pgd-2-scaled")
+    assert alone[0] == 0 and (tmp_path / "eval" / "eval.json").exists()
+
+
+def test_a_foreign_wide_resnet_is_evaluated_with_the_scale_of_its_head(cli, make_npz, tmp_path):
+    make_npz("cifar10", shape=(32, 32, 3))
+    for head, flags in (("he", []), ("linear", ["--no-normalize"])):
+        torch.save(models.build_model("wrn-10-1", 10, head=head).state_dict(), tmp_path / f"{head}.pt")
+        arguments = ["--dataset", "cifar10", "--data-dir", tmp_path, "--arch", "wrn-10-1", "--head", head, *flags]
+        code, _, err = cli("eval_all", tmp_path / f"{head}.pt", *arguments, "--attacks", "adaptive-pgd-2")
+        assert code == 0, err
+        options = json.loads((tmp_path / "eval" / "eval.json").read_text())["model_options"]
+        expected = {"he": (15.0, 0.2), "linear": (1.0, 0.0)}[head]
+        assert (options["scale"], options["margin"]) == expected and ("mean" in options) == (head == "he")
+
+
+def test_presets_and_duplicates():
+    assert list(eval_all.named_attacks("fgsm,clean,fgsm")) == ["clean", "fgsm"]
+    assert list(eval_all.named_attacks("quick,pgd-40")) == [*eval_all.PRESETS["quick"], "pgd-40"]
+    assert set(eval_all.PRESETS["all"]) == set(eval_all.ATTACKS)

@@ -1,0 +1,116 @@
+"""Each loss against its formula, written out entry by entry in float64, with its gradient."""
+
+import math
+
+import pytest
+import torch
+
+import common
+import models
+import train_angular_at
+import train_trades_he
+
+B, K, D = 6, 5, 7
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(B, D, dtype=torch.float64, generator=generator)
+    weight = torch.randn(K, D, dtype=torch.float64, generator=generator)
+    y = torch.randint(0, K, (B,), generator=generator)
+    return z, weight, y
+
+
+def cosines(z, weight):
+    return [[float(a @ b / (a.norm() * b.norm())) for b in weight] for a in z]
+
+
+def softmax(row):
+    total = sum(math.exp(value) for value in row)
+    return [math.exp(value) / total for value in row]
+
+
+def formula_margin_ce(logits, y, s, m):
+    total = 0.0
+    for row, label in zip(logits, y.tolist(), strict=True):
+        shifted = [s * (value - (m if k == label else 0.0)) for k, value in enumerate(row)]
+        total -= math.log(softmax(shifted)[label])
+    return total / len(logits)
+
+
+@pytest.mark.parametrize("scale, margin", [(1.0, 0.0), (15.0, 0.2), (4.0, 0.5)])
+def test_margin_ce_is_eq_6_with_its_gradient(batch, scale, margin):
+    z, weight, y = batch
+    cos = models.cosine(z, weight).requires_grad_()
+    loss = common.margin_ce(cos, y, scale, margin)
+    assert loss.item() == pytest.approx(formula_margin_ce(cos.tolist(), y, scale, margin), rel=1e-12)
+    (grad,) = torch.autograd.grad(loss, cos)
+    for i, row in enumerate(cos.tolist()):  # d/d cos_k = s * (softmax_k - onehot_k) / B
+        p = softmax([scale * (value - (margin if k == y[i] else 0.0)) for k, value in enumerate(row)])
+        expected = [scale * (p[k] - float(k == y[i])) / B for k in range(K)]
+        assert grad[i].tolist() == pytest.approx(expected, rel=1e-10, abs=1e-13)
+
+
+def test_margin_ce_without_reduction_is_each_images_own(batch):
+    z, weight, y = batch
+    cos = models.cosine(z, weight)
+    each = common.margin_ce(cos, y, 15.0, 0.2, reduction="none")
+    assert each.tolist() == pytest.approx(
+        [formula_margin_ce([row], y[i : i + 1], 15.0, 0.2) for i, row in enumerate(cos.tolist())]
+    )
+
+
+def test_modified_he_is_margin_ce_of_minus_theta(batch):
+    z, weight, y = batch
+    head = models.HEHead(D, K, fn=True, wn=True, angular=True).double()
+    head.weight.data = weight.clone()
+    minus_theta = [[-math.acos(value) for value in row] for row in cosines(z, weight)]
+    torch.testing.assert_close(head(z), torch.tensor(minus_theta, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    loss = common.margin_ce(head(z), y, 15.0, 0.1)
+    assert loss.item() == pytest.approx(formula_margin_ce(minus_theta, y, 15.0, 0.1), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda z: common.margin_ce(head(z), y, 15.0, 0.1), z.clone().requires_grad_())
+
+
+def test_wfc_is_the_mean_squared_angle(batch):
+    z, weight, y = batch
+    expected = sum(math.acos(row[label]) ** 2 for row, label in zip(cosines(z, weight), y.tolist(), strict=True)) / B
+    assert train_angular_at.wfc(models.cosine(z, weight), y).item() == pytest.approx(expected, rel=1e-12)
+    cos = models.cosine(z, weight).requires_grad_()
+    assert torch.autograd.gradcheck(lambda cos: train_angular_at.wfc(cos, y), cos)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [1.0, -1.0, 1.0 + 1e-6, -1.0 - 1e-6, 1.0 - 1e-7])
+def test_wfc_and_its_gradient_are_finite_at_plus_and_minus_one(dtype, value):
+    cos = torch.full((2, 3), value, dtype=dtype, requires_grad=True)
+    loss = train_angular_at.wfc(cos, torch.tensor([0, 2]))
+    (grad,) = torch.autograd.grad(loss, cos)
+    assert loss.isfinite() and grad.isfinite().all()
+    assert loss.item() == pytest.approx(0.0 if value > 0 else math.pi**2, abs=1e-2)
+
+
+def test_separation_is_the_mean_over_classes_of_the_nearest_other(batch):
+    _, weight, _ = batch
+    gram = cosines(weight, weight)
+    expected = sum(max(gram[i][j] for j in range(K) if j != i) for i in range(K)) / K
+    assert train_angular_at.separation(weight).item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(train_angular_at.separation, weight.clone().requires_grad_())
+
+
+def test_separation_of_a_simplex_is_its_optimum():
+    simplex = torch.eye(K, dtype=torch.float64) - 1 / K
+    assert train_angular_at.separation(simplex).item() == pytest.approx(-1 / (K - 1), rel=1e-12)
+
+
+def test_trades_kl_is_its_formula_with_gradients_of_both_arguments(batch):
+    z, weight, _ = batch
+    clean, adversarial = models.cosine(z, weight), models.cosine(z.flip(0), weight)
+    expected = 0.0
+    for a, b in zip(clean.tolist(), adversarial.tolist(), strict=True):
+        p, q = softmax([15 * value for value in a]), softmax([15 * value for value in b])
+        expected += sum(pk * math.log(pk / qk) for pk, qk in zip(p, q, strict=True)) / B
+    assert train_trades_he.kl(clean, adversarial, 15.0).item() == pytest.approx(expected, rel=1e-12)
+    inputs = (clean.requires_grad_(), adversarial.requires_grad_())
+    assert torch.autograd.gradcheck(lambda a, b: train_trades_he.kl(a, b, 15.0), inputs)
+    assert train_trades_he.kl(clean, clean, 15.0).item() == 0.0

@@ -1,0 +1,201 @@
+"""The Run: same seed same bits, kill -9 and --resume, the schedules, the warm-up, what is written."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ("--epochs", "3", "--limit", "300", "--steps", "2", "--batch-size", "32", "--eps-warmup", "1")
+
+
+def start(out, *flags, script="train_pgd_he.py"):
+    command = [sys.executable, "-u", str(ROOT / script), *QUICK, *map(str, flags), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(*arguments, **options):
+    process = start(*arguments, **options)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def weights(out):
+    return common.read_file(out / "last.pt")["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def log_rows(out):
+    with open(out / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """An uninterrupted run; WRN with batch norm, so that running statistics count too."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    finish(out, "--arch", "wrn-10-1")
+    return out
+
+
+def test_the_same_seed_gives_the_same_bits_in_a_fresh_process(whole_run, tmp_path):
+    finish(tmp_path / "again", "--arch", "wrn-10-1")
+    assert same(weights(whole_run), weights(tmp_path / "again"))
+    finish(tmp_path / "other", "--arch", "wrn-10-1", "--seed", "1")
+    assert not same(weights(whole_run), weights(tmp_path / "other"))
+
+
+def test_a_run_killed_by_sigkill_and_resumed_equals_an_uninterrupted_one(whole_run, tmp_path):
+    out = tmp_path / "killed"
+    process = start(out, "--arch", "wrn-10-1")
+    for line in process.stdout:
+        if line.startswith("epoch   1/3"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    output = finish(out, "--arch", "wrn-10-1", "--resume")
+    assert "resumed after epoch" in output
+    assert same(weights(whole_run), weights(out))
+    assert same(common.read_file(whole_run / "best.pt")["model"], common.read_file(out / "best.pt")["model"])
+    assert [row["epoch"] for row in log_rows(out)] == ["1", "2", "3"]
+    timed = ("images_per_s", "seconds")
+    drop = lambda rows: [{key: row[key] for key in row if key not in timed} for row in rows]  # noqa: E731
+    assert drop(log_rows(out)) == drop(log_rows(whole_run))
+
+
+def test_a_finished_run_holds_all_its_files_and_the_best_epoch(whole_run):
+    assert {path.name for path in whole_run.iterdir()} == {"args.json", "log.csv", "curves.png", "last.pt", "best.pt"}
+    rows, best = log_rows(whole_run), common.read_file(whole_run / "best.pt")
+    top = max(float(row["val_robust"]) for row in rows)
+    assert best["metrics"]["val_robust"] == pytest.approx(top)
+    assert best["epoch"] == next(int(row["epoch"]) for row in rows if float(row["val_robust"]) == pytest.approx(top))
+    arguments = json.loads((whole_run / "args.json").read_text())
+    assert (arguments["method"], arguments["arch"], arguments["epochs"]) == ("pgd_he", "wrn-10-1", 3)
+    assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_needs_nothing_but_itself(whole_run):
+    model, meta = common.load_checkpoint(whole_run)
+    assert not model.training and not model.amp and (model.scale, model.margin) == (15.0, 0.2)
+    assert meta["dataset"] == {"name": "digits", "known": "digits", "num_classes": 10}
+    assert meta["method"] == "pgd_he" and "torch" in meta["versions"] and "optimizer" not in meta
+    images = common.to_float(common.load_data("digits").x_val)
+    assert model(images).argmax(1).float().std() > 0
+
+
+def test_a_second_run_into_the_same_folder_is_refused(whole_run, refused):
+    before = (whole_run / "last.pt").read_bytes()
+    line = refused("train_pgd_he", "--out", whole_run)
+    assert "already holds a run" in line and "--resume" in line and (whole_run / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("--eps", "0.2"), ("--margin", "0.1"), ("--seed", "3"), ("--batch-size", "16")]
+)
+def test_resume_with_a_changed_flag_is_refused_and_names_it(whole_run, refused, flag, value):
+    flags = [*QUICK, "--arch", "wrn-10-1", flag, value, "--out", whole_run, "--resume"]
+    assert f"{flag} was" in refused("train_pgd_he", *flags)
+
+
+def test_resume_of_another_method_or_a_broken_file_is_refused(whole_run, refused, tmp_path):
+    flags = [*QUICK, "--arch", "wrn-10-1", "--resume", "--out"]
+    assert "--method was pgd_he" in refused("train_trades_he", *flags, whole_run)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "last.pt").write_bytes((whole_run / "last.pt").read_bytes()[:1000])
+    assert "truncated" in refused("train_pgd_he", *flags, tmp_path / "broken")
+
+
+def test_resume_with_more_epochs_goes_on_and_with_none_left_changes_nothing(cli, tmp_path):
+    flags = ["--limit", "200", "--steps", "1", "--batch-size", "50", "--out", tmp_path / "run"]
+    assert cli("train_pgd_he", *flags, "--epochs", 1)[0] == 0
+    code, out, _ = cli("train_pgd_he", *flags, "--epochs", 2, "--resume")
+    assert code == 0 and "resumed after epoch 1 of 2" in out
+    assert [row["epoch"] for row in log_rows(tmp_path / "run")] == ["1", "2"]
+    before = weights(tmp_path / "run")
+    assert cli("train_pgd_he", *flags, "--epochs", 2, "--resume")[0] == 0
+    assert same(before, weights(tmp_path / "run"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_epoch(refused, tmp_path):
+    line = refused(
+        "train_pgd_he", *QUICK, "--optimizer", "sgd", "--lr", "1e30", "--head", "linear", "--out", tmp_path / "r"
+    )
+    assert "epoch 1" in line and "loss" in line
+    assert not (tmp_path / "r" / "last.pt").exists()
+
+
+def test_schedules():
+    multistep, cyclic, cosine = (common.SCHEDULES[name] for name in ("multistep", "cyclic", "cosine"))
+    assert [multistep(epoch / 100) for epoch in (0, 74, 75, 89, 90, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert [cyclic(done) for done in (0, 0.25, 0.5, 0.75)] == [0, 0.5, 1, 0.5]
+    assert [cosine(done) for done in (0, 0.5)] == pytest.approx([1, 0.5]) and cosine(0.999) < 1e-4
+
+
+@pytest.mark.parametrize("schedule", common.SCHEDULES)
+def test_the_schedule_reaches_the_optimizer(cli, tmp_path, schedule):
+    flags = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--lr", "0.001", "--epochs", "4"]
+    assert cli("train_pgd_he", *flags, "--schedule", schedule, "--out", tmp_path / "run")[0] == 0
+    expected = [
+        0.001 * common.SCHEDULES[schedule](step / 4) for step in (1, 2, 3, 4)
+    ]  # one step an epoch, logged after it
+    assert [float(row["lr"]) for row in log_rows(tmp_path / "run")] == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+def test_eps_warms_up_linearly(cli, tmp_path, monkeypatch):
+    seen = []
+    original = common.pgd
+
+    def record(*args, **settings):
+        seen.append((settings["eps"], settings["step_size"]))
+        return original(*args, **settings)
+
+    monkeypatch.setattr(common, "pgd", record)
+    flags = ["--limit", "228", "--batch-size", "32", "--steps", "1", "--epochs", "2", "--eps-warmup", "2"]
+    assert cli("train_pgd_he", *flags, "--eps", "0.2", "--step-size", "0.05", "--out", tmp_path / "run")[0] == 0
+    training, held_out = seen[:4] + seen[8:12], seen[4:8] + seen[12:]  # 4 batches of each in each of 2 epochs
+    assert [eps for eps, _ in training] == pytest.approx([0.2 * step / 8 for step in range(1, 9)])
+    assert [step_size for _, step_size in training] == pytest.approx([0.05 * step / 8 for step in range(1, 9)])
+    assert held_out == [(0.2, 0.05)] * 8
+
+
+def test_examples_are_crafted_in_eval_mode_and_trained_on_in_train_mode(cli, tmp_path, monkeypatch):
+    import models
+
+    modes = []
+    original = models.Classifier.forward
+
+    def record(self, x, with_features=False):
+        modes.append((self.training, torch.is_grad_enabled() and next(self.parameters()).requires_grad))
+        return original(self, x, with_features)
+
+    monkeypatch.setattr(models.Classifier, "forward", record)
+    flags = ["--limit", "132", "--batch-size", "32", "--steps", "3", "--epochs", "1", "--arch", "wrn-10-1"]
+    assert cli("train_pgd_he", *flags, "--out", tmp_path / "run")[0] == 0
+    assert modes[:4] == [(False, False)] * 3 + [(True, True)]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_a_compiled_model_trains_to_the_same_loss_and_its_checkpoint_loads(tmp_path):
+    finish(tmp_path / "compiled", "--arch", "wrn-10-1", "--no-amp", "--epochs", "1", "--compile")
+    finish(tmp_path / "eager", "--arch", "wrn-10-1", "--no-amp", "--epochs", "1")
+    compiled, eager = (float(log_rows(tmp_path / name)[0]["loss"]) for name in ("compiled", "eager"))
+    assert compiled == pytest.approx(eager, rel=1e-2)
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
+    common.load_checkpoint(tmp_path / "compiled")
