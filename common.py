@@ -660,6 +660,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        (self.lr,) = self.scheduler.get_last_lr()
         self.scheduler.step()
         with torch.no_grad():
             right = (logits.argmax(1) == y).sum()
@@ -675,7 +676,7 @@ class Run:
         clean, robust = self._held_out()
         row = {
             "epoch": self.epoch,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.lr,  # of the epoch's last step
             "loss": loss / count,
             "train_robust": 100 * right / count,
             "val_clean": clean,
