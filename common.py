@@ -10,11 +10,8 @@ import csv
 import json
 import math
 import os
-import pickle
 import sys
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,13 +34,15 @@ class UserError(Exception):
 
 
 def cli(main: Callable[[], None]) -> None:
-    """Run a script's main(); a UserError becomes one line and exit code 2, Ctrl-C one line and 130."""
+    """Run a script's main(); a UserError or a fault of the file system becomes one line and exit code 2, Ctrl-C 130."""
     try:
         main()
     except UserError as error:
         sys.exit(_complain(error, 2))
+    except OSError as error:
+        sys.exit(_complain(f"{error.filename or 'input/output'}: {error.strerror or error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; a training run goes on from its last whole epoch with --resume", 130))
+        sys.exit(_complain("interrupted (a training script goes on after its last whole epoch with --resume)", 130))
 
 
 def _complain(message: object, code: int) -> int:
@@ -56,6 +55,7 @@ def _complain(message: object, code: int) -> int:
 KNOWN = ("digits", "mnist", "cifar10", "cifar100")
 CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}
 TORCHVISION = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+MOST_CLASSES = 100_000  # a label beyond is taken for a fault in the file
 SPLIT_SEED = 0  # the held-out images, the digits test split and a --limit subset are the same for every --seed
 
 
@@ -124,7 +124,9 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             arrays = {key: file[key] for key in keys}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # numpy and zipfile raise nearly anything on a damaged file
         raise UserError(f"{path}: not a readable .npz of plain arrays ({error})") from None
     for split in ("train", "test"):
         _check_split(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"])
@@ -140,15 +142,14 @@ def _check_split(path: Path, split: str, x: np.ndarray, y: np.ndarray) -> None:
     if not np.issubdtype(y.dtype, np.integer):
         raise UserError(f"{path}: y_{split} has dtype {y.dtype}; labels must be integers")
     if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)) or x.shape[1] != x.shape[2]:
+        raise UserError(f"{path}: x_{split} has shape {x.shape}; it must be square, (N, H, W) or (N, H, W, 1 or 3)")
+    if y.shape != x.shape[:1] or not x.size:
         raise UserError(
-            f"{path}: x_{split} has shape {x.shape}; it must be square images (N, H, W) or (N, H, W, 1 or 3)"
+            f"{path}: x_{split} {x.shape} and y_{split} {y.shape}: one label an image, at least one of each"
         )
-    if y.shape != x.shape[:1] or not len(y):
-        raise UserError(
-            f"{path}: x_{split} {x.shape} and y_{split} {y.shape} must hold one label an image, at least one"
-        )
-    if y.min() < 0:
-        raise UserError(f"{path}: y_{split} holds the label {y.min()}; labels count from 0")
+    for label in (y.min(), y.max()):
+        if not 0 <= label < MOST_CLASSES:
+            raise UserError(f"{path}: y_{split} holds the label {label}; labels count from 0 to {MOST_CLASSES - 1}")
 
 
 def digits_arrays() -> dict[str, np.ndarray]:
@@ -169,11 +170,11 @@ def torchvision_arrays(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     for split in ("train", "test"):
         try:
             part = dataset(data_dir, train=split == "train", download=True)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision wraps some in RuntimeError
+        except Exception as error:  # a network, a server and half-written files each fail in their own way
             address = dataset.mirrors[0] if hasattr(dataset, "mirrors") else dataset.url
             raise UserError(
-                f"dataset {name} is not in {data_dir} and could not be downloaded from {address} ({error}): connect to "
-                f"the network, or put {name}.npz or torchvision's files there, or pass --dataset FILE.npz"
+                f"dataset {name} could not be read from {data_dir} or downloaded from {address} ({error}): connect to "
+                f"the network, or put {name}.npz or torchvision's whole files there, or pass --dataset FILE.npz"
             ) from None
         arrays[f"x_{split}"], arrays[f"y_{split}"] = np.asarray(part.data), np.asarray(part.targets)
     return arrays
@@ -183,7 +184,7 @@ def load_data(dataset: str, data_dir: str = "data", limit: int | None = None) ->
     """Read a dataset: a FILE.npz, DATA_DIR/NAME.npz, the built-in digits, or torchvision's NAME, in that order.
 
     2 % of the training images, at least 100, are held out by a fixed seed; `limit` keeps that many training images
-    before the split. Raises UserError for an unknown name, an unreadable file, or data that does not fit its name.
+    before the split. Raises UserError for an unknown name, an unreadable file, or labels beyond the name's classes.
     """
     named = Path(data_dir) / f"{dataset}.npz"
     if dataset.endswith(".npz") or named.exists():
@@ -224,8 +225,8 @@ def _to_nchw(x: np.ndarray) -> Tensor:
 
 
 def to_float(x: Tensor) -> Tensor:
-    """uint8 images (B, C, H, W) -> float32 in [0, 1], in the layout that convolutions run fastest on."""
-    return (x.float() / 255).contiguous(memory_format=torch.channels_last)
+    """uint8 images (B, C, H, W) -> float32 in [0, 1]."""
+    return x.float() / 255
 
 
 def crop_and_flip(padded: Tensor, rows: Tensor, size: int) -> Tensor:
@@ -258,8 +259,8 @@ TRAINING_DEFAULTS = {
 }
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite int or float, or a fraction such as 8/255, within [low, high]."""
+def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
+    """An argparse type: an int, or a float or fraction such as 8/255, within [low, high]."""
 
     def parse(text: str) -> float:
         numerator, slash, denominator = text.partition("/")
@@ -268,9 +269,8 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
         except (ValueError, ZeroDivisionError):
             what = "a whole number" if kind is int else "a number or a fraction such as 8/255"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        if not low <= value <= high or math.isinf(value):
-            bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be finite and {bounds}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: between {low:g} and {high:g}")
         return value
 
     return parse
@@ -334,7 +334,7 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     flag("--data-dir", default="data", help="where datasets are looked for and downloaded to (default: data)")
     add("--arch", "small_cnn, resnet18, preactresnet18 or wrn-D-W")
     add("--epochs", "passes over the training images", type=number(int, 1))
-    add("--batch-size", "images a step", type=number(int, 1))
+    add("--batch-size", "images a step", type=number(int, 2))
     add("--optimizer", "sgd has momentum 0.9", choices=("sgd", "adam"))
     add("--lr", "peak learning rate", type=number(float, 0))
     add("--schedule", "multistep is x0.1 at 75 and 90 %% of the epochs", choices=tuple(SCHEDULES))
@@ -354,12 +354,13 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     flag("--limit", type=number(int, 1), metavar="N", help="train on N images only, for a quick try")
     flag("--device", type=device_flag, default=default_device(), help="(default: %(default)s)")
     on_off = argparse.BooleanOptionalAction
-    flag("--amp", action=on_off, help="bfloat16 backbone (default: where the device computes it natively)")
-    flag("--compile", action=on_off, help="torch.compile the model (default: on CUDA)")
+    native = "on" if computes_bf16(default_device()) else "off"
+    flag("--amp", action=on_off, help=f"bfloat16 backbone (default: where the device has it natively; here {native})")
+    flag("--compile", action=on_off, help=f"torch.compile the model (default: on CUDA; here {default_device()})")
     return parser
 
 
-def add_head_flags(parser: Parser, argv: list[str] | None, margins: dict[str, float]) -> None:
+def add_head_flags(parser: Parser, argv: list[str] | None, margins: dict[str, float], source: str) -> None:
     """--head, --fn, --wn, --scale and --margin, their defaults by the head in argv; `margins` maps head to m."""
     head = parser.peek(argv, "--head", "he")
     scale, margin = 1.0 if head == "linear" else 15.0, margins.get(head, 0.0)
@@ -368,8 +369,8 @@ def add_head_flags(parser: Parser, argv: list[str] | None, margins: dict[str, fl
     flag("--head", default="he", choices=models.HEADS, help="W z + b, cos(theta) or -theta (default: he)")
     flag("--fn", action=on_off, default=True, help="normalize the features z (default: on; linear has none)")
     flag("--wn", action=on_off, default=True, help="normalize the class weights W_k (default: on; linear has none)")
-    flag("--scale", type=number(float, 0), default=scale, help=f"s of the loss (default: {scale:g} for {head})")
-    flag("--margin", type=number(float, 0), default=margin, help=f"m of the loss (default: {margin:g} for {head})")
+    flag("--scale", type=number(float, 0), default=scale, help=f"s of the loss (default: {scale:g}; {source})")
+    flag("--margin", type=number(float, 0), default=margin, help=f"m of the loss (default: {margin:g}; {source})")
 
 
 def finish_args(args: argparse.Namespace, method: str) -> argparse.Namespace:
@@ -418,12 +419,14 @@ def pgd(
     momentum: float = 0.0,
     drop_fooled: bool = False,
 ) -> Tensor:
-    """Linf projected gradient ascent on loss(logits, y), summed (Madry et al. 2018; HE, Eq. 18 to 20).
+    """Linf projected gradient ascent on loss(logits, y) (Madry et al. 2018; HE, Eq. 18 to 20).
 
     x is (B, C, H, W) in [0, 1], eps and step_size are in pixel units; x_adv is returned, in the ball and in [0, 1].
-    Starts from `start`, by default a uniform point of the ball. momentum > 0 is MIM's, on the L1-normalized gradient.
-    With drop_fooled an image that is misclassified already is moved no further, which saves its passes. The model is
-    in eval mode meanwhile, its parameters frozen.
+    loss gives (B,) or its mean: the sign of the gradient is the same. `start` is by default uniform in the ball, and
+    momentum > 0 is MIM's, on the L1-normalized gradient. The model is in eval mode meanwhile, its parameters frozen.
+
+    With drop_fooled an image is moved no further once it is misclassified, which saves its passes and makes the attack
+    the best of its steps, not the last. Raises UserError then if a gradient is not finite: such an image cannot move.
     """
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     x_adv = torch.empty_like(x).uniform_(-eps, eps).add_(x) if start is None else start
@@ -436,7 +439,10 @@ def pgd(
             logits = model(x_now)
             (grad,) = torch.autograd.grad(loss(logits, y[active]).sum(), x_now)
             if drop_fooled:
-                still = logits.argmax(1) == y[active]
+                if not grad.isfinite().all():
+                    raise UserError("the gradient on the images is not finite, so a gradient attack proves nothing")
+                top, true = logits.amax(1), logits.gather(1, y[active, None]).squeeze(1)
+                still = top - true <= 1e-4 * logits.abs().amax(1)  # a thinner margin may be rounding: push on
                 active, x_now, grad = active[still], x_now[still], grad[still]
                 if not len(active):
                     break
@@ -479,7 +485,7 @@ def read_file(path: Path) -> dict:
     """What torch.load finds in a file, as data only: no code in it runs. Raises UserError for anything but a dict."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
         reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
         raise UserError(f"{path}: truncated, or no checkpoint at all ({reason})") from None
     if not isinstance(content, dict):
@@ -498,6 +504,9 @@ def load_checkpoint(path: str | Path, device: str = "cpu", **foreign: object) ->
     if content.get("format") == FORMAT:
         state, options = content.get("model"), content.get("model_options")
         meta = {key: content[key] for key in content if key not in ("model", "optimizer", "scheduler", "rng")}
+        trained = meta.get("args")
+        if not isinstance(trained, dict) or not all(isinstance(trained.get(k), str) for k in ("dataset", "data_dir")):
+            raise UserError(f"{path}: a checkpoint that does not say what it was trained on")
     else:
         state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(key, str)}
         state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
@@ -551,9 +560,8 @@ class Run:
     def __init__(self, args: argparse.Namespace, model: models.Classifier, data: Data):
         self.args, self.data, self.out = args, data, Path(args.out)
         if args.batch_size > len(data.y_train):
-            raise UserError(
-                f"--batch-size {args.batch_size}, but {data.name} leaves {len(data.y_train)} training images"
-            )
+            left = f"{len(data.y_train)} training images of {data.name}"
+            raise UserError(f"--batch-size {args.batch_size} is more than the {left} that are left")
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         self.model = model.to(args.device, memory_format=torch.channels_last).train()
         self.model.amp = args.amp
@@ -561,11 +569,12 @@ class Run:
             self.model.compile()
         self.optimizer = make_optimizer(model, args)
         self.steps_an_epoch = len(data.y_train) // args.batch_size
-        total = self.steps_an_epoch * args.epochs
-        schedule = SCHEDULES[args.schedule]
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: schedule(step / total))
-        self.epoch, self.history = 0, []
+        self.epoch, self.history, self.lr, self.plotted = 0, [], args.lr, -math.inf
         self._open()
+        total, schedule = self.steps_an_epoch * args.epochs, SCHEDULES[args.schedule]
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: schedule(step / total), last_epoch=self.epoch * self.steps_an_epoch - 1
+        )
         self._to_device()
 
     def _open(self) -> None:
@@ -573,17 +582,14 @@ class Run:
         args, data, last = self.args, self.data, self.out / "last.pt"
         if last.exists() and not args.resume:
             raise UserError(f"{self.out} already holds a run: go on with --resume, or choose another --out")
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.out}: {error.strerror}") from None
+        self.out.mkdir(parents=True, exist_ok=True)
         if last.exists():
             self._resume(last)
         settings = json.dumps(vars(args), indent=2)
         write_atomically(self.out / "args.json", lambda file: file.write(settings), "w")
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         print(
-            f"{args.method} on {data.name} ({data.source}), {args.arch} with {millions:.2f} M parameters, {args.device}"
+            f"{args.method} on {data.name} ({data.source}); {args.arch}, {millions:.2f} M parameters, on {args.device}"
         )
         print(
             f"{len(data.y_train)} training and {len(data.y_val)} held-out images; Linf eps {args.eps:.4g}; "
@@ -594,19 +600,32 @@ class Run:
         content = read_file(last)
         if content.get("format") != FORMAT:
             raise UserError(f"{last}: not a checkpoint of this project; nothing was resumed")
-        for key, old in content["args"].items():
-            new = getattr(self.args, key, None)
-            if key not in MAY_CHANGE and new != old:
-                flag = "--" + key.replace("_", "-")
-                raise UserError(f"--resume: {flag} was {old}, now {new}; keep it, or choose another --out")
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scheduler.load_state_dict(content["scheduler"])
-        self.epoch, self.history = content["epoch"], content["history"]
-        torch.set_rng_state(content["rng"]["cpu"])
-        if self.device_type == "cuda" and "cuda" in content["rng"]:
-            torch.cuda.set_rng_state(content["rng"]["cuda"], self.args.device)
+        try:
+            for key, old in content["args"].items():
+                new = getattr(self.args, key, None)
+                if key not in MAY_CHANGE and new != old:
+                    flag = "--" + key.replace("_", "-")
+                    raise UserError(f"--resume: {flag} was {old}, now {new}; keep it, or choose another --out")
+            if (content["dataset"], content["model_options"]) != (self._dataset(), self.model.options):
+                raise UserError(f"--resume: {self.data.source} holds other data than when {self.out} was begun")
+            if content["args"]["amp"] != self.args.amp:
+                print(f"bfloat16 was {'on' if content['args']['amp'] else 'off'}: the bits will differ from then on")
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.epoch, self.history = content["epoch"], content["history"]
+            torch.set_rng_state(content["rng"]["cpu"])
+            if self.device_type == "cuda" and "cuda" in content["rng"]:
+                torch.cuda.set_rng_state(content["rng"]["cuda"], self.args.device)
+            self._write_log()
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{last}: incomplete, nothing was resumed ({_first_mismatch(error)})") from None
         print(f"resumed after epoch {self.epoch} of {self.args.epochs}")
+
+    def _dataset(self) -> dict:
+        """What a checkpoint says of its data; mean and std of the images are among the model's options."""
+        data = self.data
+        shape, counts = tuple(data.x_test.shape[1:]), (len(data.y_train), len(data.y_val))
+        return {"name": data.name, "known": data.known, "classes": data.num_classes, "shape": shape, "images": counts}
 
     @property
     def device_type(self) -> str:
@@ -695,7 +714,7 @@ class Run:
         )
 
     def _held_out(self) -> tuple[float, float]:
-        """Clean and PGD accuracy in %, on the held-out images, with the training attack's eps, step size and steps."""
+        """Clean and PGD accuracy in %, in float32, on the held-out images, with the training attack's eps and steps."""
 
         def loss(logits: Tensor, y: Tensor) -> Tensor:
             return margin_ce(logits, y, self.model.scale)
@@ -704,9 +723,12 @@ class Run:
         for rows in torch.arange(len(self.y_val), device=args.device).split(args.batch_size):
             x, y = self.x_val[rows], self.y_val[rows]
             x_adv = pgd(self.model, x, y, loss=loss, eps=args.eps, step_size=args.step_size, steps=args.steps)
+            self.model.amp = False
             with attack_mode(self.model), torch.no_grad():
-                right_clean += (self.model(x).argmax(1) == y).sum()
-                right_adv += (self.model(x_adv).argmax(1) == y).sum()
+                clean = self.model(x).argmax(1) == y
+                right_clean += clean.sum()
+                right_adv += (clean & (self.model(x_adv).argmax(1) == y)).sum()
+            self.model.amp = args.amp
         return 100 * float(right_clean) / len(self.y_val), 100 * float(right_adv) / len(self.y_val)
 
     def _save(self, is_best: bool) -> None:
@@ -715,7 +737,7 @@ class Run:
             "format": FORMAT,
             "model": self.model.state_dict(),
             "model_options": self.model.options,
-            "dataset": {"name": self.data.name, "known": self.data.known, "num_classes": self.data.num_classes},
+            "dataset": self._dataset(),
             "method": self.args.method,
             "args": vars(self.args),
             "epoch": self.epoch,
@@ -730,15 +752,20 @@ class Run:
             content["rng"]["cuda"] = torch.cuda.get_rng_state(self.args.device)
         for name in ("best.pt", "last.pt") if is_best else ("last.pt",):
             write_atomically(self.out / name, lambda file: torch.save(content, file))
-        write_atomically(self.out / "log.csv", self._write_log, "w")
-        if self.epoch == self.args.epochs or time.monotonic() - getattr(self, "plotted", -math.inf) > 30:
+        self._write_log()
+
+    def _write_log(self) -> None:
+        """log.csv whole, from the checkpoint's history; curves.png at most twice a minute, and at the end."""
+
+        def write(file: object) -> None:
+            writer = csv.DictWriter(file, self.history[0])
+            writer.writeheader()
+            writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in self.history)
+
+        write_atomically(self.out / "log.csv", write, "w")
+        if self.epoch == self.args.epochs or time.monotonic() - self.plotted > 30:
             self.plotted = time.monotonic()
             plot_curves(self.history, self.args, self.out / "curves.png")
-
-    def _write_log(self, file: object) -> None:
-        writer = csv.DictWriter(file, self.history[0])
-        writer.writeheader()
-        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in self.history)
 
 
 def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

@@ -10,10 +10,10 @@ Attacks, in the order of this file (all Linf, eps in pixel units; -N is a number
 
     clean, noise             no attack; uniform noise in the ball
     fgsm, bim-N, mim-N       one step, many steps, many steps with momentum, from the image itself
-    pgd-N                    random start, CE on the logits as the model gives them: what the papers' own code reports
+    pgd-N                    random start, CE on the logits as the model gives them, as in the papers' own code
     pgd-N-scaled             the same on scale * logits, the logits that an HE model was trained with
-    adaptive-pgd-N           the same on the whole training loss, scale and margin
-    cw-inf-N                 the margin loss of Carlini & Wagner under PGD
+    adaptive-pgd-N           the same on the training cross-entropy, with its scale and margin
+    cw-inf, cw-inf-N         the margin loss of Carlini & Wagner under PGD, 20 steps if not said otherwise
     autoattack-official      the autoattack package, where it is installed
 
 The evaluator decides what counts, not the attack: an adversarial image must lie in the ball and in [0, 1], and the
@@ -25,14 +25,14 @@ each attack: still right); with several models each has its own folder in OUT, b
 import argparse
 import csv
 import importlib.util
-import inspect
 import json
 import math
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -42,18 +42,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
+import models
 
 # ---------------------------------------------------------------------------------------------------------- attacks
-# (model, x, y, *, eps, **options) -> x_adv; x and x_adv are (B, C, H, W) in [0, 1]. The evaluator passes the options of
-# the command line (step_size) to those that take them.
-
+# (model, x, y, *, eps, **options) -> x_adv; x and x_adv are (B, C, H, W) in [0, 1]. Those with steps get a step_size.
 
 Attack = Callable[..., Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of each image, (B,)."""
     return F.cross_entropy(logits, y, reduction="none")
+
+
+def training_ce(model: nn.Module, margin: float) -> Loss:
+    """The cross-entropy of each image that the model was trained with (HE, Eq. 6), for a given margin."""
+    return partial(common.margin_ce, scale=getattr(model, "scale", 1.0), margin=margin, reduction="none")
 
 
 def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -76,53 +81,48 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
     return common.pgd(model, x, y, loss=ce, eps=eps, step_size=eps, steps=1, start=x)
 
 
-def bim(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, step_size: float, steps: int) -> Tensor:
+def bim(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """Kurakin et al. 2017 (HE, Eq. 18): PGD from the image itself."""
-    return common.pgd(model, x, y, loss=ce, eps=eps, step_size=step_size, steps=steps, start=x, drop_fooled=True)
+    return common.pgd(model, x, y, loss=ce, start=x, drop_fooled=True, **budget)
 
 
-def mim(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, step_size: float, steps: int) -> Tensor:
+def mim(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """Dong et al. 2018 (HE, Eq. 19 and 20): BIM with momentum 1 on the L1-normalized gradient."""
-    return common.pgd(
-        model, x, y, loss=ce, eps=eps, step_size=step_size, steps=steps, start=x, momentum=1.0, drop_fooled=True
-    )
+    return common.pgd(model, x, y, loss=ce, start=x, momentum=1.0, drop_fooled=True, **budget)
 
 
-def pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, step_size: float, steps: int) -> Tensor:
+def pgd(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """Madry et al. 2018, CE on model(x). On an HE model these are the raw cosines, which makes it a weak attack."""
-    return common.pgd(model, x, y, loss=ce, eps=eps, step_size=step_size, steps=steps, drop_fooled=True)
+    return common.pgd(model, x, y, loss=ce, drop_fooled=True, **budget)
 
 
-def pgd_scaled(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, step_size: float, steps: int) -> Tensor:
+def pgd_scaled(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """PGD on CE(s * model(x), y), s the scale that the model was trained with (1 for a linear head)."""
-
-    def loss(logits: Tensor, y: Tensor) -> Tensor:
-        return common.margin_ce(logits, y, getattr(model, "scale", 1.0), reduction="none")
-
-    return common.pgd(model, x, y, loss=loss, eps=eps, step_size=step_size, steps=steps, drop_fooled=True)
+    return common.pgd(model, x, y, loss=training_ce(model, 0.0), drop_fooled=True, **budget)
 
 
-def adaptive_pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, step_size: float, steps: int) -> Tensor:
-    """PGD on the training loss with its scale and margin (HE, Sec. 4.1, 'Adaptive attacks')."""
-
-    def loss(logits: Tensor, y: Tensor) -> Tensor:
-        scale, margin = getattr(model, "scale", 1.0), getattr(model, "margin", 0.0)
-        return common.margin_ce(logits, y, scale, margin, reduction="none")
-
-    return common.pgd(model, x, y, loss=loss, eps=eps, step_size=step_size, steps=steps, drop_fooled=True)
+def adaptive_pgd(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
+    """PGD on the training cross-entropy with its scale and margin (HE, Sec. 4.1, 'Adaptive attacks')."""
+    loss = training_ce(model, getattr(model, "margin", 0.0))
+    return common.pgd(model, x, y, loss=loss, drop_fooled=True, **budget)
 
 
-def cw_inf(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, step_size: float, steps: int) -> Tensor:
+def cw_inf(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """PGD on the margin of the logits (Carlini & Wagner 2017 under Linf; Angular-AT, Sec. 5)."""
-    return common.pgd(model, x, y, loss=cw_margin, eps=eps, step_size=step_size, steps=steps, drop_fooled=True)
+    return common.pgd(model, x, y, loss=cw_margin, drop_fooled=True, **budget)
 
 
 def autoattack_official(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
-    """The standard AutoAttack of Croce & Hein 2020, by the authors' package."""
+    """The standard AutoAttack of Croce & Hein 2020, by the authors' package; its targets are at most K - 1 classes."""
     from autoattack import AutoAttack
 
-    adversary = AutoAttack(model, norm="Linf", eps=eps, version="standard", device=x.device, verbose=False)
-    return adversary.run_standard_evaluation(x.contiguous(), y, bs=len(x))
+    seed, device = torch.initial_seed(), str(x.device)
+    adversary = AutoAttack(model, norm="Linf", eps=eps, version="standard", seed=seed, device=device, verbose=False)
+    targets = min(9, predict_logits(model, x[:1]).shape[1] - 1)
+    if targets < 3:
+        raise common.UserError("its DLR loss needs at least 4 classes")
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
+    return adversary.run_standard_evaluation(x, y, bs=len(x))
 
 
 ATTACKS: dict[str, Attack] = {
@@ -140,7 +140,7 @@ ATTACKS: dict[str, Attack] = {
     "cw-inf": partial(cw_inf, steps=20),
     "autoattack-official": autoattack_official,
 }
-DETERMINISTIC = (clean, fgsm, bim, mim)  # a restart of these finds nothing new
+START_AT_RANDOM = (noise, pgd, pgd_scaled, adaptive_pgd, cw_inf)  # --restarts runs these again
 PRESETS = {
     "quick": ["clean", "noise", "fgsm", "pgd-20", "pgd-20-scaled", "cw-inf"],
     "paper": ["clean", "fgsm", "mim-20", "pgd-20", "pgd-500", "cw-inf", "adaptive-pgd-20", "adaptive-pgd-500"],
@@ -156,27 +156,38 @@ THREAT = {  # (eps, step size) of the papers' evaluations; digits is ours
 GET_AUTOATTACK = "autoattack-official needs a package: pip install git+https://github.com/fra31/auto-attack"
 
 
+def steps_of(attack: Attack) -> int | None:
+    return getattr(attack, "keywords", {}).get("steps")
+
+
+def step_size(known: str | None, eps: float, steps: int) -> float:
+    """The papers' step size where it can cross the ball in `steps`, else 2.5 * eps / steps (Madry et al. 2018)."""
+    papers = THREAT[known][1]
+    return papers if papers * steps > 1.9 * eps else 2.5 * eps / steps
+
+
 def find_attack(name: str) -> Attack:
     """ATTACKS[name]; a name that differs from one of them only in its number of steps gives that attack."""
     if name == "autoattack-official" and importlib.util.find_spec("autoattack") is None:
         raise common.UserError(GET_AUTOATTACK)
     if name in ATTACKS:
         return ATTACKS[name]
-    if steps := re.search(r"\d+", name):
-        template = name.replace(steps[0], "#", 1)
-        for other, attack in ATTACKS.items():
-            if re.sub(r"\d+", "#", other) == template and int(steps[0]) > 0:
-                return partial(attack.func, steps=int(steps[0]))
+    steps = re.search(r"-([1-9]\d{0,5})(?=-|$)", name)
+    for other, attack in ATTACKS.items():
+        if steps and steps_of(attack) and re.sub(r"-\d+", "", other) == name.replace(steps[0], "", 1):
+            return partial(attack.func, steps=int(steps[1]))
     raise common.UserError(f"unknown attack {name!r}: choose from {', '.join(ATTACKS)} or {', '.join(PRESETS)}")
 
 
 def named_attacks(text: str) -> dict[str, Attack]:
     """The attacks of --attacks: names and presets, separated by commas; clean comes first in any case."""
-    names = [name for part in text.split(",") for name in PRESETS.get(part.strip(), [part.strip()])]
-    if text == "all" and importlib.util.find_spec("autoattack") is None:
-        names.remove("autoattack-official")
-        print(f"left out: {GET_AUTOATTACK}")
-    return {name: find_attack(name) for name in dict.fromkeys(["clean", *names])}
+    names = ["clean"]
+    for part in text.split(","):
+        names += PRESETS.get(part.strip(), [part.strip()])
+        if part.strip() == "all" and importlib.util.find_spec("autoattack") is None:
+            names.remove("autoattack-official")
+            print(f"left out: {GET_AUTOATTACK}")
+    return {name: find_attack(name) for name in dict.fromkeys(names)}
 
 
 # -------------------------------------------------------------------------------------------------------- evaluator
@@ -186,13 +197,18 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     """The 95 % interval of a proportion right / n, in % (Wilson 1927)."""
     z, p = 1.959964, right / n
     center, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * (center - spread) / (1 + z * z / n), 100 * (center + spread) / (1 + z * z / n)
+    low, high = (center - spread) / (1 + z * z / n), (center + spread) / (1 + z * z / n)
+    return 100 * max(low, 0.0), 100 * min(high, 1.0)
 
 
 @torch.no_grad()
+def predict_logits(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """The predicted classes (B,), in float32; -1, which is never right, where a logit is not finite."""
-    logits = model(x)
+    logits = predict_logits(model, x)
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
@@ -209,17 +225,21 @@ def check_ball(name: str, x_adv: Tensor, x: Tensor, eps: float) -> None:
 def survivors(
     model: nn.Module, name: str, attack: Attack, x: Tensor, y: Tensor, right: Tensor, settings: dict
 ) -> tuple[Tensor, int]:
-    """Which of the images that are `right` (N,) clean are so under the attack, and how often a logit was not finite."""
+    """Which images, among those that are `right` (N,) clean, stay so under the attack; and how many faults it met."""
     torch.manual_seed(settings["seed"])  # so that no attack depends on which others ran before it
-    taken = inspect.signature(attack).parameters
-    options = {key: settings[key] for key in ("step_size",) if key in taken}
-    restarts = 1 if getattr(attack, "func", attack) in DETERMINISTIC else settings["restarts"]
+    budget = {"eps": settings["eps"]}
+    if steps := steps_of(attack):
+        budget["step_size"] = settings["step_size"] or step_size(settings["known"], settings["eps"], steps)
+    restarts = settings["restarts"] if getattr(attack, "func", attack) in START_AT_RANDOM else 1
     right, faults = right.clone(), 0
     for _ in range(restarts):
         standing = right.nonzero().flatten()
         for first in range(0, len(standing), settings["batch_size"]):
             rows = standing[first : first + settings["batch_size"]]
-            x_adv = attack(model, x[rows], y[rows], eps=settings["eps"], **options)
+            try:
+                x_adv = attack(model, x[rows], y[rows], **budget)
+            except (common.UserError, RuntimeError) as error:
+                raise common.UserError(f"attack {name} failed: {error}") from error
             check_ball(name, x_adv, x[rows], settings["eps"])
             prediction = predict(model, x_adv)
             right[rows] = prediction == y[rows]
@@ -230,8 +250,8 @@ def survivors(
 def evaluate(model: nn.Module, attacks: dict[str, Attack], x: Tensor, y: Tensor, settings: dict) -> dict:
     """Run the attacks on images x (N, C, H, W) in [0, 1] with labels y (N,).
 
-    settings: eps, step_size, restarts, batch_size, seed. Returns `prediction` (N,), `right` {attack: bool (N,)},
-    `seconds` and `faults` {attack: int}.
+    settings: known (dataset), eps, step_size (None: by attack), restarts, batch_size, seed. Returns `prediction` (N,),
+    `right` {attack: bool (N,)}, `seconds` and `faults` {attack: count of images whose logits were not finite}.
     """
     model.eval()
     prediction = torch.cat([predict(model, part) for part in x.split(settings["batch_size"])])
@@ -248,18 +268,32 @@ def evaluate(model: nn.Module, attacks: dict[str, Attack], x: Tensor, y: Tensor,
 # ----------------------------------------------------------------------------------------------------------- models
 
 
+@contextmanager
+def imports_from(folder: Path) -> Iterator[None]:
+    """Imports look in `folder` first, and find its own models.py or common.py rather than ours."""
+    ours = {name: sys.modules.pop(name, None) for name in ("models", "common")}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.update({name: module for name, module in ours.items() if module})
+
+
 def user_model(text: str) -> tuple[nn.Module, str]:
     """The module that FILE.py:FUNCTION makes, and its name."""
     path, _, function = text.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise common.UserError(f"--model {text}: give FILE.py:FUNCTION; there is no file {path or text}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(path).resolve().parent))
+    if not path:
+        raise common.UserError(f"--model {text}: give FILE.py:FUNCTION")
+    if not Path(path).is_file() or not path.endswith(".py"):
+        raise common.UserError(f"--model {text}: there is no Python file {path}")
+    spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        model = getattr(module, function)()
-    except Exception as error:
+        with imports_from(Path(path).resolve().parent):
+            spec.loader.exec_module(module)
+            model = getattr(module, function)()
+    except (Exception, SystemExit) as error:
         raise common.UserError(f"--model {text}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise common.UserError(f"--model {text}: returned a {type(model).__name__}, not an nn.Module")
@@ -267,38 +301,43 @@ def user_model(text: str) -> tuple[nn.Module, str]:
 
 
 def foreign_options(args: argparse.Namespace) -> dict:
-    """build_model's arguments for a bare state dict, from --arch, --head, --dataset, --scale, --margin, --normalize.
+    """build_model's arguments for a bare state dict, from the flags; {} where they do not say enough.
 
-    The published HE models normalize their input by CIFAR-10's statistics inside the network, TRADES and MART do not.
+    The published HE models standardize their input by CIFAR-10's statistics inside the network, TRADES and MART do not.
     """
     if not (args.arch and args.dataset):
         return {}
-    num_classes = common.CLASSES.get(common.known_dataset(args.dataset), 10)
+    data = common.load_data(args.dataset, args.data_dir or "data")
     linear = args.head == "linear"
-    options = {
+    margin = {"linear": 0.0, "he": 0.2, "mhe": 0.1}[args.head]
+    normalize = (data.known == "cifar10" and not linear) if args.normalize is None else args.normalize
+    statistics = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2471, 0.2435, 0.2616]} if normalize else {}
+    return statistics | {
         "arch": args.arch,
         "head": args.head,
-        "num_classes": num_classes,
-        "scale": args.scale or (1.0 if linear else 15.0),
-        "margin": args.margin if args.margin is not None else {"linear": 0.0, "he": 0.2, "mhe": 0.1}[args.head],
+        "num_classes": data.num_classes,
+        "in_channels": data.in_channels,
+        "image_size": data.image_size,
+        "scale": (1.0 if linear else 15.0) if args.scale is None else args.scale,
+        "margin": margin if args.margin is None else args.margin,
     }
-    if args.normalize if args.normalize is not None else not linear:
-        options |= {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2471, 0.2435, 0.2616]}
-    return options
 
 
 def model_name(path: Path) -> str:
     """A run's directory names its checkpoints; a file on its own is named by its stem."""
-    file = common.checkpoint_file(path)
-    return file.resolve().parent.name if file.name in ("best.pt", "last.pt") else file.stem
+    folder = path.resolve().parent.name
+    return {"best.pt": folder, "last.pt": f"{folder}-last"}.get(path.name, path.stem)
 
 
 def load_models(args: argparse.Namespace) -> list[tuple[str, nn.Module, dict]]:
     """(name, model, meta) for each checkpoint and --model, names made distinct."""
-    found = []
+    found, foreign = [], foreign_options(args)
     for path in args.checkpoints:
-        model, meta = common.load_checkpoint(path, args.device, **foreign_options(args))
-        found.append((model_name(Path(path)), model, meta | {"checkpoint": str(path)}))
+        file = common.checkpoint_file(path)
+        model, meta = common.load_checkpoint(file, args.device, **foreign)
+        found.append((model_name(file), model, meta | {"checkpoint": str(file)}))
+    if args.arch and not any("args" not in meta for _, _, meta in found):
+        raise common.UserError("--arch is for a bare state dict; these checkpoints say themselves what they are")
     for text in args.model:
         model, name = user_model(text)
         found.append((name, model.to(args.device).eval(), {"checkpoint": text}))
@@ -317,7 +356,8 @@ def load_test_set(args: argparse.Namespace, found: list[tuple[str, nn.Module, di
         names = ", ".join(trained_on) or "none of the models says which"
         raise common.UserError(f"which dataset? ({names}): give --dataset")
     dataset = args.dataset or next(iter(trained_on))
-    data = common.load_data(dataset, args.data_dir or trained_on.get(dataset, "data"))
+    folder = trained_on.get(dataset) or next(iter(trained_on.values()), "data")
+    data = common.load_data(dataset, args.data_dir or folder)
     for name, model, _ in found:
         check_fit(name, model, data, args.device)
     return data
@@ -326,16 +366,16 @@ def load_test_set(args: argparse.Namespace, found: list[tuple[str, nn.Module, di
 def check_fit(name: str, model: nn.Module, data: common.Data, device: str) -> None:
     """Raises UserError where the model was built for other images or classes, or does not return logits (B, K)."""
     shape, classes = tuple(data.x_test.shape[1:]), data.num_classes
-    if isinstance(model, common.models.Classifier):
+    if isinstance(model, models.Classifier):
         built = model.options
         wants = (built["in_channels"], built["image_size"], built["image_size"])
-        if wants != shape or built["num_classes"] != classes:
+        if wants != shape or built["num_classes"] < classes:
             raise common.UserError(
                 f"{name} ({built['arch']}) takes images {wants} in {built['num_classes']} classes, "
                 f"but {data.name} has {shape} in {classes}"
             )
     try:
-        logits = model(common.to_float(data.x_test[:2]).to(device))
+        logits = predict_logits(model, common.to_float(data.x_test[:2]).to(device))
     except Exception as error:
         raise common.UserError(f"{name} fails on images {shape}: {type(error).__name__}: {error}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < classes:
@@ -359,40 +399,50 @@ def report(name: str, meta: dict, outcome: dict, settings: dict) -> dict:
             "accuracy": 100 * float(verdict.mean()),
             "low": low,
             "high": high,
-            "seconds": outcome["seconds"].get(attack, 0.0),
+            "seconds": outcome["seconds"].get(attack),
             "not_finite": outcome["faults"].get(attack, 0),
         }
     kept = {key: meta[key] for key in ("checkpoint", "method", "epoch", "model_options", "args") if key in meta}
     return {"model": name, **settings, **kept, "attacks": rows}
 
 
+def interval(row: dict) -> str:
+    return f"{row['low']:.2f} - {row['high']:.2f}"
+
+
+def heading(result: dict) -> str:
+    n = result["attacks"]["clean"]["n"]
+    return f"{result['dataset']}, n = {n} test images, Linf eps {result['eps']:.4g}; in brackets the 95 % interval"
+
+
 def print_report(result: dict) -> None:
-    print(f"\n{result['model']}: {result['dataset']} test images, Linf eps {result['eps']:.4g}")
-    print(f"{'attack':<20} {'accuracy':>9} {'95 % interval':>16} {'right/n':>12} {'seconds':>9}")
-    for attack, row in result["attacks"].items():
-        interval, share = f"{row['low']:.2f} - {row['high']:.2f}", f"{row['right']}/{row['n']}"
-        print(f"{attack:<20} {row['accuracy']:9.2f} {interval:>16} {share:>12} {row['seconds']:9.1f}")
+    rows = result["attacks"]
+    worst = rows["worst case"]
+    print(f"\n{result['model']} on {heading(result)}")
+    print(f"worst case over all attacks {worst['accuracy']:.2f} % ({interval(worst)})")
+    print(f"\n{'attack':<20} {'accuracy':>9} {'95 % interval':>16} {'right/n':>12} {'seconds':>9}")
+    for attack, row in rows.items():
+        share = f"{row['right']}/{row['n']}"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        print(f"{attack:<20} {row['accuracy']:9.2f} {interval(row):>16} {share:>12} {seconds:>9}")
         if row["not_finite"]:
             print(f"FAULT: logits that are not finite on {row['not_finite']} images under {attack}; counted as wrong")
 
 
 def print_comparison(results: list[dict]) -> None:
-    """Models by attacks, accuracy +- half the 95 % interval."""
+    """Models by attacks, the worst case first."""
     width = max(len(result["model"]) for result in results)
-    columns = list(results[0]["attacks"])
-    print("\n" + " " * width + "".join(f" {attack:>{max(14, len(attack))}}" for attack in columns))
+    columns = ["worst case", *(attack for attack in results[0]["attacks"] if attack != "worst case")]
+    print(f"\n{heading(results[0])}")
+    print(" " * width + "".join(f" {attack:>23}" for attack in columns))
     for result in results:
-        cells = ""
-        for attack in columns:
-            row = result["attacks"][attack]
-            cell = f"{row['accuracy']:.2f} +- {(row['high'] - row['low']) / 2:.2f}"
-            cells += f" {cell:>{max(14, len(attack))}}"
-        print(f"{result['model']:<{width}}{cells}")
+        rows = [result["attacks"][attack] for attack in columns]
+        cells = [f"{row['accuracy']:.2f} ({interval(row)})" for row in rows]
+        print(f"{result['model']:<{width}}" + "".join(f" {cell:>23}" for cell in cells))
 
 
 def write_results(out: Path, results: list[dict]) -> None:
     """eval.json, eval.csv and eval.png for one model or for a comparison."""
-    out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results[0] if len(results) == 1 else results, indent=2)
     common.write_atomically(out / "eval.json", lambda file: file.write(text), "w")
     fields = ["model", "attack", "right", "n", "accuracy", "low", "high", "seconds", "not_finite"]
@@ -408,7 +458,6 @@ def write_results(out: Path, results: list[dict]) -> None:
 
 
 def write_verdicts(out: Path, index: Tensor, y: Tensor, outcome: dict) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     arrays = {"index": index, "label": y, "clean_prediction": outcome["prediction"], **outcome["right"]}
     arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
     common.write_atomically(out / "verdicts.npz", lambda file: np.savez_compressed(file, **arrays))
@@ -457,16 +506,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--data-dir", help="(default: as in training)")
     flag("--n", type=number(int, 1), help="test images, a seeded choice (default: all)")
     flag("--eps", type=number(float, 0, 1), help="(default: the papers': digits 0.1, mnist 0.3, cifar 0.031)")
-    flag("--step-size", type=number(float, 0, 1), help="(default: the papers': digits and mnist 0.01, cifar 0.003)")
+    flag("--step-size", type=number(float, 0, 1), help="(default: the papers' where it crosses the ball in N steps)")
     flag("--restarts", type=number(int, 1), default=1, help="of the attacks that start at random (default: 1)")
     flag("--batch-size", type=number(int, 1), default=250, help="(default: 250)")
-    flag("--seed", type=number(int, 0), default=0, help="(default: 0)")
+    flag("--seed", type=number(int, 0, 2**63), default=0, help="(default: 0)")
     flag("--device", type=common.device_flag, default=common.default_device(), help="(default: %(default)s)")
     flag("--out", help="(default: an eval folder beside the checkpoint; for several models ./eval)")
     group = parser.add_argument_group("for a bare state dict")
     flag = group.add_argument
     flag("--arch", help="such as wrn-34-10")
-    flag("--head", default="linear", choices=common.models.HEADS, help="(default: linear)")
+    flag("--head", default="linear", choices=models.HEADS, help="(default: linear)")
     flag("--scale", type=number(float, 0), help="s of the training loss (default: 15, for linear 1)")
     flag("--margin", type=number(float, 0), help="m of the training loss (default: he 0.2, mhe 0.1, linear 0)")
     on_off = argparse.BooleanOptionalAction
@@ -484,14 +533,17 @@ def output_folder(args: argparse.Namespace, count: int) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    # Verdicts are in float32: no TF32 on CUDA, neither here nor in what a user's model switched on.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     attacks = named_attacks(args.attacks)
     found = load_models(args)
     data = load_test_set(args, found)
-    eps, step_size = THREAT[data.known]
     settings = {
         "dataset": data.name,
-        "eps": eps if args.eps is None else args.eps,
-        "step_size": step_size if args.step_size is None else args.step_size,
+        "known": data.known,
+        "eps": THREAT[data.known][0] if args.eps is None else args.eps,
+        "step_size": args.step_size,
         "restarts": args.restarts,
         "batch_size": args.batch_size,
         "seed": args.seed,
@@ -504,10 +556,12 @@ def main(argv: list[str] | None = None) -> None:
     index = torch.from_numpy(np.sort(order[: args.n]))
     x, y = common.to_float(data.x_test[index]).to(args.device), data.y_test[index].to(args.device)
     out, results = output_folder(args, len(found)), []
-    for name, model, meta in found:
+    folders = [out / name.replace(":", "-") if len(found) > 1 else out for name, _, _ in found]
+    for folder in folders:  # before the work, so that no result is lost for want of a place
+        folder.mkdir(parents=True, exist_ok=True)
+    for (name, model, meta), folder in zip(found, folders, strict=True):
         print(f"{name}: {len(attacks)} attacks on {len(y)} images", file=sys.stderr)
         outcome = evaluate(model, attacks, x, y, settings)
-        folder = out / name.replace(":", "-") if len(found) > 1 else out
         results.append(report(name, meta, outcome, settings))
         write_verdicts(folder, index, y, outcome)
         write_results(folder, results[-1:])

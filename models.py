@@ -20,7 +20,7 @@ WRN = re.compile(r"wrn-(\d{1,3})-(\d{1,2})")
 
 
 def arccos(cos: Tensor) -> Tensor:
-    """theta in radians for cosines of any shape; its slope, infinite at +-1, stays finite there."""
+    """theta in radians for cosines of any shape. Within the dtype's eps of +-1 the slope is 0 instead of infinite."""
     limit = 1 - torch.finfo(cos.dtype).eps
     return torch.acos(cos.clamp(-limit, limit))
 
@@ -72,7 +72,8 @@ class Classifier(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """z, (B, d): the penultimate features, before any normalization of them."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            return self.embed(self.normalize(x)).to(x.dtype)
+            x_normalized = self.normalize(x).contiguous(memory_format=torch.channels_last)
+            return self.embed(x_normalized).to(x.dtype)
 
     def forward(self, x: Tensor, with_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, K), and with them z (B, d) where a loss needs both."""
@@ -97,6 +98,8 @@ class SmallCNN(Classifier):
             layers += [nn.Conv2d(c_in, c_out, 3, padding=padding), nn.ReLU()]
             layers += [nn.Conv2d(c_out, c_out, 3, padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
             image_size = (image_size - 4 + 4 * padding) // 2
+        if image_size < 1:
+            raise ValueError("arch small_cnn needs images of at least 4 pixels")
         self.conv = nn.Sequential(*layers)
         self.hidden = nn.Sequential(
             nn.Linear(2 * width * image_size**2, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()

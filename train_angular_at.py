@@ -41,7 +41,7 @@ def separation(weight):
 
 def parse_args(argv=None):
     parser = common.training_parser(__doc__, argv, OVERRIDES)
-    common.add_head_flags(parser, argv, MARGIN)
+    common.add_head_flags(parser, argv, MARGIN, "Angular-AT, Sec. 5")
     parser.add_argument("--alpha", type=common.number(float, 0), default=0.55, help="of l_wfc (default: 0.55; Sec. 5)")
     parser.add_argument("--beta", type=common.number(float, 0), default=0.48, help="of l_sep (default: 0.48; Sec. 5)")
     args = parser.parse_args(argv)

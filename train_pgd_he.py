@@ -26,7 +26,7 @@ MARGIN = {"linear": 0.0, "he": 0.2, "mhe": 0.1}  # Sec. 4 and Appendix C.5
 
 def parse_args(argv=None):
     parser = common.training_parser(__doc__, argv)
-    common.add_head_flags(parser, argv, MARGIN)
+    common.add_head_flags(parser, argv, MARGIN, "HE, Sec. 4 and C.5")
     args = parser.parse_args(argv)
     return common.finish_args(args, METHOD[args.head])
 

@@ -35,7 +35,7 @@ def kl(logits, logits_adv, scale):
 
 def parse_args(argv=None):
     parser = common.training_parser(__doc__, argv)
-    common.add_head_flags(parser, argv, MARGIN)
+    common.add_head_flags(parser, argv, MARGIN, "HE, Sec. 4 and C.5")
     parser.add_argument(
         "--beta", type=common.number(float, 0), default=6.0, help="weight of the KL (default: 6; Sec. 4)"
     )

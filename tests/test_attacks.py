@@ -1,5 +1,8 @@
 """PGD and the table of attacks: closed forms on linear models, the ball, the range, and what an attack leaves alone."""
 
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,9 +51,7 @@ def test_attacks_stay_in_the_ball_and_the_range_and_keep_the_model(small_model, 
     x[0], x[1] = 0.0, 1.0
     small_model.train()
     before = {key: value.clone() for key, value in small_model.state_dict().items()}
-    options = (
-        {"step_size": 0.03} if "step_size" in eval_all.inspect.signature(eval_all.ATTACKS[name]).parameters else {}
-    )
+    options = {"step_size": 0.03} if eval_all.steps_of(eval_all.ATTACKS[name]) else {}
     x_adv = eval_all.find_attack(name)(small_model, x, y, eps=0.1, **options)
     eval_all.check_ball(name, x_adv, x, 0.1)
     assert x_adv.shape == x.shape and not x_adv.requires_grad
@@ -135,6 +136,68 @@ def test_attack_names_with_other_numbers_of_steps():
     assert eval_all.find_attack("pgd-40").keywords == {"steps": 40}
     assert eval_all.find_attack("adaptive-pgd-7").func is eval_all.adaptive_pgd
     assert eval_all.find_attack("pgd-3-scaled").func is eval_all.pgd_scaled
-    for wrong in ("pgd", "pgd-0", "pgd-x", "fgsm-20", "20-pgd", "pgd-20-", ""):
+    assert eval_all.find_attack("cw-inf-100").keywords == {"steps": 100}
+    for wrong in ("pgd", "pgd-0", "pgd-x", "fgsm-20", "20-pgd", "pgd-20-", "pgd-5-5", ""):
         with pytest.raises(common.UserError, match="unknown attack"):
             eval_all.find_attack(wrong)
+
+
+def test_dropping_with_momentum_moves_each_image_as_if_it_were_alone(linear_model):
+    model, x, y = two_class_problem(linear_model, n=12)
+    settings = dict(loss=eval_all.ce, eps=0.3, step_size=0.02, steps=12, momentum=1.0, drop_fooled=True)
+    together = common.pgd(model, x, y, start=x, **settings)
+    alone = [common.pgd(model, x[i : i + 1], y[i : i + 1], start=x[i : i + 1], **settings) for i in range(len(x))]
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert 0 < sum(bool((a == b).all()) for a, b in zip(together, x, strict=True)) < len(x)
+
+
+def test_an_image_is_dropped_only_when_fooled_by_more_than_rounding(linear_model):
+    model = linear_model(torch.tensor([[1.0, 0.0], [1.0, 1e-6]], dtype=DOUBLE))
+    x, y = torch.tensor([1.0, 0.5], dtype=DOUBLE).view(1, 1, 1, 2), torch.tensor([0])
+    assert model(x).argmax(1) != y
+    x_adv = common.pgd(model, x, y, loss=eval_all.ce, eps=0.2, step_size=0.1, steps=3, start=x, drop_fooled=True)
+    assert x_adv.flatten()[1].item() == pytest.approx(0.7)  # pushed on, though wrong by 5e-7 from the start
+
+
+def test_a_gradient_that_is_not_finite_stops_the_attack(small_model):
+    class Breaks(torch.nn.Module):
+        def forward(self, x):
+            return small_model(x) + 0 * (x - x).sum((1, 2, 3)).sqrt()[:, None]
+
+    x = torch.rand(4, 1, 8, 8)
+    assert Breaks()(x).isfinite().all()
+    with pytest.raises(common.UserError, match="not finite"):
+        eval_all.find_attack("pgd-2")(Breaks(), x, small_model(x).argmax(1), eps=0.1, step_size=0.1)
+
+
+@pytest.mark.parametrize("known, eps, steps, expected", [
+    ("cifar10", 0.031, 20, 0.003), ("cifar10", 0.031, 500, 0.003), ("mnist", 0.3, 100, 0.01), ("digits", 0.1, 20, 0.01),
+    ("mnist", 0.3, 20, 0.0375), ("cifar10", 0.5, 20, 0.0625), ("cifar10", 0.031, 10, 0.00775),
+])  # fmt: skip
+def test_the_default_step_is_the_papers_where_it_can_cross_the_ball(known, eps, steps, expected):
+    assert eval_all.step_size(known, eps, steps) == pytest.approx(expected)
+
+
+def test_autoattack_official_is_seeded_and_bounded_by_the_number_of_classes(monkeypatch):
+    made = []
+
+    class AutoAttack:
+        def __init__(self, model, **settings):
+            self.settings = settings
+            self.apgd_targeted, self.fab = types.SimpleNamespace(), types.SimpleNamespace()
+            made.append(self)
+
+        def run_standard_evaluation(self, x, y, bs):
+            return x
+
+    monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=AutoAttack))
+    x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    for classes in (5, 100):
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, classes))
+        torch.manual_seed(11)
+        assert eval_all.autoattack_official(model, x, y, eps=0.1) is x
+    settings = {"norm": "Linf", "eps": 0.1, "version": "standard", "seed": 11, "device": "cpu", "verbose": False}
+    assert [adversary.settings for adversary in made] == [settings, settings]
+    assert [adversary.fab.n_target_classes for adversary in made] == [4, 9]
+    with pytest.raises(common.UserError, match="4 classes"):
+        eval_all.autoattack_official(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)), x, y, eps=0.1)

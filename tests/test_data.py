@@ -118,7 +118,7 @@ BROKEN = {
     "y_train has dtype float64": dict(y_train=np.zeros(140)),
     "one label an image": dict(y_train=np.zeros(139, int)),
     "at least one": dict(x_test=np.zeros((0, 8, 8), UINT8), y_test=np.zeros(0, int)),
-    "square images": dict(x_train=np.zeros((140, 8, 9), UINT8)),
+    "must be square": dict(x_train=np.zeros((140, 8, 9), UINT8)),
     "x_train has shape (140, 3, 8, 8)": dict(x_train=np.zeros((140, 3, 8, 8), UINT8)),
     "differ in shape": dict(x_test=np.zeros((20, 9, 9), UINT8)),
     "labels count from 0": dict(y_test=np.full(20, -1)),

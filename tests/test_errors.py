@@ -1,5 +1,6 @@
 """Wrong input, each answered by one line and exit code 2, through the same path that a user takes."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,11 @@ import pytest
 import torch
 
 import common
+import eval_all
 import models
+import train_angular_at
+import train_pgd_he
+import train_trades_he
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_pgd_he", "train_trades_he", "train_angular_at")
@@ -27,6 +32,7 @@ BAD_FLAGS = {
     "argument --lr: 1e999 is out of range": ["--lr", "1e999"],
     "argument --steps: '2.5' is not a whole number": ["--steps", "2.5"],
     "argument --epochs: 0 is out of range": ["--epochs", "0"],
+    "is out of range: between 1 and 1e+09": ["--epochs", "1" + "0" * 400],
     "argument --head: invalid choice: 'cosine'": ["--head", "cosine"],
     "argument --device: 'tpu' is not to be had": ["--device", "tpu"],
     "argument --device: 'meta' is not to be had": ["--device", "meta"],
@@ -49,7 +55,7 @@ def test_a_bad_flag_is_one_line(refused, script, complaint):
 
 def test_out_that_cannot_be_made_is_one_line(refused, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "--out" in refused("train_pgd_he", "--out", tmp_path / "file" / "run")
+    assert "file/run: Not a directory" in refused("train_pgd_he", "--out", tmp_path / "file" / "run")
 
 
 @pytest.fixture
@@ -93,7 +99,9 @@ def broken(kind, good):
     elif kind == "unknown arch":
         torch.save(content | {"model_options": content["model_options"] | {"arch": "../vgg"}}, path)
     elif kind == "no options":
-        torch.save({"format": common.FORMAT}, path)
+        torch.save({"format": common.FORMAT, "args": content["args"]}, path)
+    elif kind == "no args":
+        torch.save(content | {"args": []}, path)
     return path
 
 
@@ -108,6 +116,7 @@ FAULTS = {
     "wrong arch": "do not fit arch wrn-16-1",
     "unknown arch": "unknown arch '../vgg'",
     "no options": "do not fit",
+    "no args": "does not say what it was trained on",
 }
 
 
@@ -126,7 +135,7 @@ def test_a_file_that_is_no_good_checkpoint_is_one_line(refused, checkpoint, tmp_
     (["GOOD", "--dataset", "nope"], "unknown dataset 'nope'"),
     (["GOOD", "--dataset", "digits"], "takes images (3, 32, 32) in 10 classes, but digits has (1, 8, 8) in 10"),
     (["GOOD", "--n", "0"], "argument --n: 0 is out of range"),
-    (["--model", "nowhere.py:make"], "there is no file nowhere.py"),
+    (["--model", "nowhere.py:make"], "there is no Python file nowhere.py"),
     (["--model", "no_colon.py"], "FILE.py:FUNCTION"),
     (["--model", "user.py:absent"], "AttributeError"),
     (["--model", "user.py:raises"], "ZeroDivisionError"),
@@ -146,10 +155,11 @@ def test_eval_all_answers_bad_input_in_one_line(refused, checkpoint, tmp_path, a
     assert complaint in refused("eval_all", *[checkpoint if word == "GOOD" else word for word in arguments])
 
 
-def test_a_bare_state_dict_asks_what_it_is_and_a_wrong_answer_is_one_line(refused, tmp_path):
+def test_a_bare_state_dict_asks_what_it_is_and_a_wrong_answer_is_one_line(refused, make_npz, tmp_path):
+    make_npz("cifar10", shape=(32, 32, 3))
     torch.save(models.build_model("wrn-10-1", 10).state_dict(), tmp_path / "bare.pt")
     assert "--arch, --head and --dataset" in refused("eval_all", tmp_path / "bare.pt")
-    flags = ["--dataset", "cifar10", "--arch"]
+    flags = ["--dataset", "cifar10", "--data-dir", tmp_path, "--arch"]
     assert "do not fit arch wrn-16-1" in refused("eval_all", tmp_path / "bare.pt", *flags, "wrn-16-1")
     assert "do not fit arch wrn-10-1" in refused("eval_all", tmp_path / "bare.pt", *flags, "wrn-10-1", "--head", "he")
 
@@ -176,25 +186,49 @@ def test_the_shell_sees_exit_code_2_and_one_line():
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "unknown dataset" in result.stderr
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "eval_all"])
-@pytest.mark.parametrize("dataset", ["digits", "cifar10", "cifar100", "mine.npz"])
-def test_help_shows_the_defaults_in_force_and_their_source(cli, script, dataset):
-    code, out, _ = cli(script, "--dataset", dataset, "--help")
+@pytest.mark.parametrize("dataset, source", [("digits", "ours"), ("cifar10", "HE, Sec. 4"), ("mine.npz", "ours")])
+def test_help_shows_the_defaults_in_force_and_their_source(cli, dataset, source):
+    code, out, _ = cli("train_pgd_he", "--dataset", dataset, "--head", "mhe", "--help")
+    expected = vars(train_pgd_he.parse_args(["--dataset", dataset, "--head", "mhe"]))
     assert code == 0
-    if script != "eval_all":
-        source = {"digits": "ours", "mine.npz": "ours", "cifar100": "Angular-AT, Sec. 5", "cifar10": "HE, Sec. 4"}[
-            dataset
-        ]
-        if script == "train_angular_at" and dataset == "cifar10":
-            source = "Angular-AT, Sec. 5"
-        assert source in " ".join(out.replace("Angular-\n", "Angular-").split()).replace("Angular- AT", "Angular-AT")
+    text = " ".join(out.split())
+    for flag in ("arch", "epochs", "lr", "weight_decay", "steps"):
+        usage = text.index(f" --{flag.replace('_', '-')} {flag.upper()} ", text.index("options:"))
+        assert f"(default: {expected[flag]}; {source})" in text[usage : usage + 150]
+    assert "(default: 0.1; HE, Sec. 4 and C.5)" in text
 
 
-def test_the_papers_defaults(monkeypatch):
-    import train_angular_at
-    import train_pgd_he
-    import train_trades_he
+def test_eval_alls_help_names_every_attack(cli):
+    code, out, _ = cli("eval_all", "--help")
+    assert code == 0 and all(re.sub(r"\d+", "N", name) in out for name in eval_all.ATTACKS if name != "clean")
 
+
+def test_a_folder_for_results_that_cannot_be_made_is_found_before_the_attacks_run(
+    refused, checkpoint, make_npz, tmp_path
+):
+    make_npz("cifar10", shape=(32, 32, 3))
+    flags = ["--dataset", "cifar10", "--data-dir", tmp_path, "--out"]
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "x"):
+        assert str(out) in refused("eval_all", checkpoint, *flags, out)
+
+
+def test_arch_for_a_checkpoint_that_says_what_it_is_is_refused(refused, checkpoint, make_npz, tmp_path):
+    make_npz("cifar10", shape=(32, 32, 3))
+    flags = ["--dataset", "cifar10", "--data-dir", tmp_path, "--arch", "wrn-10-1"]
+    assert "--arch is for a bare state dict" in refused("eval_all", checkpoint, *flags)
+
+
+def test_control_c_is_one_line_and_130(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        common.cli(interrupted)
+    assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_papers_defaults():
     def defaults(script, *argv):
         return vars(script.parse_args(list(argv)))
 

@@ -13,6 +13,9 @@ import pytest
 import torch
 
 import common
+import models
+import train_angular_at
+import train_pgd_he
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("--epochs", "3", "--limit", "300", "--steps", "2", "--batch-size", "32", "--eps-warmup", "1")
@@ -94,7 +97,11 @@ def test_a_finished_run_holds_all_its_files_and_the_best_epoch(whole_run):
 def test_a_checkpoint_needs_nothing_but_itself(whole_run):
     model, meta = common.load_checkpoint(whole_run)
     assert not model.training and not model.amp and (model.scale, model.margin) == (15.0, 0.2)
-    assert meta["dataset"] == {"name": "digits", "known": "digits", "num_classes": 10}
+    assert (meta["dataset"]["name"], meta["dataset"]["shape"], meta["dataset"]["images"]) == (
+        "digits",
+        (1, 8, 8),
+        (200, 100),
+    )
     assert meta["method"] == "pgd_he" and "torch" in meta["versions"] and "optimizer" not in meta
     images = common.to_float(common.load_data("digits").x_val)
     assert model(images).argmax(1).float().std() > 0
@@ -135,7 +142,7 @@ def test_resume_with_more_epochs_goes_on_and_with_none_left_changes_nothing(cli,
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_epoch(refused, tmp_path):
     line = refused(
-        "train_pgd_he", *QUICK, "--optimizer", "sgd", "--lr", "1e30", "--head", "linear", "--out", tmp_path / "r"
+        "train_pgd_he", *QUICK, "--optimizer", "sgd", "--lr", "1e9", "--head", "linear", "--out", tmp_path / "r"
     )
     assert "epoch 1" in line and "loss" in line
     assert not (tmp_path / "r" / "last.pt").exists()
@@ -174,8 +181,6 @@ def test_eps_warms_up_linearly(cli, tmp_path, monkeypatch):
 
 
 def test_examples_are_crafted_in_eval_mode_and_trained_on_in_train_mode(cli, tmp_path, monkeypatch):
-    import models
-
     modes = []
     original = models.Classifier.forward
 
@@ -197,3 +202,121 @@ def test_a_compiled_model_trains_to_the_same_loss_and_its_checkpoint_loads(tmp_p
     assert compiled == pytest.approx(eager, rel=1e-2)
     assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
     common.load_checkpoint(tmp_path / "compiled")
+
+
+def test_resume_with_more_epochs_takes_its_first_step_at_the_longer_runs_rate(cli, tmp_path):
+    flags = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--lr", "0.001", "--out", tmp_path / "run"]
+    assert cli("train_pgd_he", *flags, "--schedule", "cosine", "--epochs", "2")[0] == 0
+    assert cli("train_pgd_he", *flags, "--schedule", "cosine", "--epochs", "8", "--resume")[0] == 0
+    rates = [float(row["lr"]) for row in log_rows(tmp_path / "run")]
+    cosine = common.SCHEDULES["cosine"]
+    expected = [0.001 * cosine(done) for done in (0, 1 / 2, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8)]
+    assert rates == pytest.approx(expected, rel=1e-4)
+
+
+def test_resume_on_other_data_under_the_same_name_is_refused(cli, refused, make_npz, tmp_path):
+    flags = [
+        "--dataset",
+        make_npz(),
+        "--arch",
+        "small_cnn",
+        "--batch-size",
+        "20",
+        "--steps",
+        "1",
+        "--out",
+        tmp_path / "run",
+    ]
+    assert cli("train_pgd_he", *flags, "--epochs", "1")[0] == 0
+    make_npz(train=160)
+    assert "other data" in refused("train_pgd_he", *flags, "--epochs", "2", "--resume")
+
+
+def test_resume_rewrites_a_log_that_a_kill_left_behind(cli, tmp_path):
+    flags = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--epochs", "1", "--out", tmp_path / "run"]
+    assert cli("train_pgd_he", *flags)[0] == 0
+    for name in ("log.csv", "curves.png"):
+        (tmp_path / "run" / name).unlink()
+    assert cli("train_pgd_he", *flags, "--resume")[0] == 0
+    assert len(log_rows(tmp_path / "run")) == 1 and (tmp_path / "run" / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [{"format": common.FORMAT}, {"format": common.FORMAT, "args": {}}, {"format": "other"}]
+)
+def test_resume_of_an_incomplete_checkpoint_is_one_line(refused, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    torch.save(content, tmp_path / "run" / "last.pt")
+    assert "last.pt" in refused("train_pgd_he", "--resume", "--out", tmp_path / "run")
+
+
+@pytest.fixture
+def run_on(make_npz, tmp_path):
+    """run_on("cifar10_toy", shape) -> a Run on a small file of that name, with the parsed arguments of PGD-AT."""
+
+    def make(name, shape):
+        argv = ["--dataset", str(make_npz(name, shape=shape)), "--arch", "wrn-10-1", "--batch-size", "10"]
+        args = train_pgd_he.parse_args([*argv, "--out", str(tmp_path / "run")])
+        data = common.load_data(args.dataset)
+        return common.Run(args, common.build_model(args, data), data)
+
+    return make
+
+
+@pytest.mark.parametrize("name, shape, augmented", [
+    ("cifar10_toy", (32, 32, 3), True), ("cifar100_toy", (32, 32, 3), True), ("mnist_toy", (28, 28), False),
+    ("toy", (8, 8), False),
+])  # fmt: skip
+def test_an_epoch_visits_each_image_once_and_augments_cifar_alone(run_on, name, shape, augmented):
+    run = run_on(name, shape)
+    batches = list(run.batches())
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    originals = common.to_float(run.data.x_train)
+    assert len(x) == 40 and torch.equal(y.bincount(), run.data.y_train.bincount())
+    found = {image.numpy().tobytes() for image in x} & {image.numpy().tobytes() for image in originals}
+    assert len(found) == 40 if not augmented else len(found) < 10
+
+
+def test_trades_starts_beside_the_image_and_compares_with_natural_logits_in_eval_mode(cli, tmp_path, monkeypatch):
+    seen, modes = [], []
+    pgd, forward = common.pgd, models.Classifier.forward
+
+    def record_start(model, x, y, **settings):
+        seen.append((settings.get("start", x) - x).std().item())
+        return pgd(model, x, y, **settings)
+
+    def record_mode(self, x, with_features=False):
+        modes.append(self.training)
+        return forward(self, x, with_features)
+
+    monkeypatch.setattr(common, "pgd", record_start)
+    monkeypatch.setattr(models.Classifier, "forward", record_mode)
+    flags = ["--limit", "132", "--batch-size", "32", "--steps", "2", "--epochs", "1"]
+    assert cli("train_trades_he", *flags, "--out", tmp_path / "run")[0] == 0
+    assert seen[0] == pytest.approx(0.001, rel=0.1)
+    assert modes[:5] == [False, False, False, True, True]  # natural logits, two steps, then x and x_adv
+
+
+def test_angular_at_minimizes_eq_8(cli, tmp_path, monkeypatch):
+    """The loss of the first step for several alpha and beta is affine in them, with l_wfc and l_sep as the slopes."""
+    losses, terms = {}, {}
+
+    def first_loss(alpha, beta):
+        monkeypatch.setattr(
+            common.Run, "step", lambda self, loss, logits, y: losses.setdefault((alpha, beta), loss.item())
+        )
+        monkeypatch.setattr(common.Run, "finish_epoch", lambda self: None)
+        for name in ("wfc", "separation"):
+            original = getattr(train_angular_at, name)
+            monkeypatch.setattr(train_angular_at, name, record(name, original))
+        flags = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--epochs", "1", "--no-amp"]
+        flags += ["--alpha", alpha, "--beta", beta, "--out", tmp_path / f"{alpha}-{beta}"]
+        assert cli("train_angular_at", *flags)[0] == 0
+
+    def record(name, original):
+        return lambda *arguments: terms.setdefault(name, original(*arguments).detach())
+
+    for alpha, beta in ((0, 0), (2, 0), (0, 3)):
+        first_loss(alpha, beta)
+    assert losses[2, 0] - losses[0, 0] == pytest.approx(2 * terms["wfc"].item(), rel=1e-4)
+    assert losses[0, 3] - losses[0, 0] == pytest.approx(3 * terms["separation"].item(), rel=1e-4)
