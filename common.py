@@ -553,12 +553,13 @@ def build_model(args: argparse.Namespace, data: Data, **options: object) -> mode
 class Run:
     """What every training loop needs around it: device, batches, optimizer, schedule, log, checkpoints, resume.
 
-    run.model is the model on the device; args.out receives args.json, log.csv, curves.png, last.pt and best.pt (the
-    epoch of the best held-out PGD accuracy). On a CPU a resumed run ends bit for bit where an uninterrupted one does.
+    run.model is the model on the device; with `replays` each batch comes that many times in a row (FreeAT). args.out
+    receives args.json, log.csv, curves.png, last.pt and best.pt (the epoch of the best held-out PGD accuracy). On a CPU
+    a resumed run ends bit for bit where an uninterrupted one does.
     """
 
-    def __init__(self, args: argparse.Namespace, model: models.Classifier, data: Data):
-        self.args, self.data, self.out = args, data, Path(args.out)
+    def __init__(self, args: argparse.Namespace, model: models.Classifier, data: Data, replays: int = 1):
+        self.args, self.data, self.out, self.replays = args, data, Path(args.out), replays
         if args.batch_size > len(data.y_train):
             left = f"{len(data.y_train)} training images of {data.name}"
             raise UserError(f"--batch-size {args.batch_size} is more than the {left} that are left")
@@ -568,7 +569,7 @@ class Run:
         if args.compile:
             self.model.compile()
         self.optimizer = make_optimizer(model, args)
-        self.steps_an_epoch = len(data.y_train) // args.batch_size
+        self.steps_an_epoch = replays * (len(data.y_train) // args.batch_size)
         self.epoch, self.history, self.lr, self.plotted = 0, [], args.lr, -math.inf
         self._open()
         total, schedule = self.steps_an_epoch * args.epochs, SCHEDULES[args.schedule]
@@ -646,7 +647,7 @@ class Run:
             yield self.epoch
         if not self.history:
             return
-        best = max(self.history, key=lambda row: row["val_robust"])
+        best = max(self.history, key=lambda row: (row["val_robust"], row["val_clean"]))
         print(f"best held-out PGD accuracy {best['val_robust']:.2f} % in epoch {best['epoch']}; evaluate it with")
         print(f"python eval_all.py {self.out}")
 
@@ -657,11 +658,11 @@ class Run:
         size = self.args.batch_size
         label = f"epoch {self.epoch}/{self.args.epochs}"
         with tqdm(total=self.steps_an_epoch * size, desc=label, unit="img", leave=False, disable=None) as self.bar:
-            for step in range(self.steps_an_epoch):
-                rows = order[step * size : (step + 1) * size]
+            for rows in order[: self.steps_an_epoch // self.replays * size].split(size):
                 x = crop_and_flip(self.x_train, rows, self.data.image_size) if self.augment else self.x_train[rows]
-                yield to_float(x), self.y_train[rows]
-                self._show(size)
+                for _ in range(self.replays):
+                    yield to_float(x), self.y_train[rows]
+                    self._show(size)
 
     def _show(self, images: int) -> None:
         """Advance the progress bar; its figures are fetched from the device only when it is drawn anew."""
@@ -703,7 +704,7 @@ class Run:
             "images_per_s": count / seconds,
             "seconds": seconds,
         }
-        is_best = robust > max((old["val_robust"] for old in self.history), default=-1.0)
+        is_best = all((robust, clean) > (old["val_robust"], old["val_clean"]) for old in self.history)
         self.history.append(row)
         self._save(is_best)
         print(

@@ -17,7 +17,7 @@ import train_pgd_he
 import train_trades_he
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train_pgd_he", "train_trades_he", "train_angular_at")
+SCRIPTS = ("train_pgd_he", "train_trades_he", "train_angular_at", "train_alp_he", "train_free_he", "train_fast_he")
 
 BAD_FLAGS = {
     "unknown dataset 'nope'": ["--dataset", "nope"],

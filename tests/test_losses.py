@@ -1,5 +1,6 @@
 """Each loss against its formula, written out entry by entry in float64, with its gradient."""
 
+import argparse
 import math
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 
 import common
 import models
+import train_alp_he
 import train_angular_at
+import train_fast_he
+import train_mart
 import train_trades_he
 
 B, K, D = 6, 5, 7
@@ -114,3 +118,54 @@ def test_trades_kl_is_its_formula_with_gradients_of_both_arguments(batch):
     inputs = (clean.requires_grad_(), adversarial.requires_grad_())
     assert torch.autograd.gradcheck(lambda a, b: train_trades_he.kl(a, b, 15.0), inputs)
     assert train_trades_he.kl(clean, clean, 15.0).item() == 0.0
+
+
+def test_alp_is_its_formula_and_at_lambda_0_is_clean_ce_plus_pgd_at(batch):
+    z, weight, y = batch
+    clean, adversarial = models.cosine(z, weight), models.cosine(z.flip(0), weight)
+    parts = [formula_margin_ce(logits.tolist(), y, 15.0, 0.2) for logits in (clean, adversarial)]
+    gap = [
+        (a - b) ** 2
+        for row, other in zip(clean.tolist(), adversarial.tolist(), strict=True)
+        for a, b in zip(row, other, strict=True)
+    ]
+    distance = sum(gap) / (B * K)
+    for alpha, pairing in ((0.5, 0.5), (0.3, 0.0)):
+        args = argparse.Namespace(scale=15.0, margin=0.2, alpha=alpha, pairing=pairing)
+        expected = alpha * parts[0] + (1 - alpha) * parts[1] + pairing * distance
+        assert train_alp_he.alp(clean, adversarial, y, args).item() == pytest.approx(expected, rel=1e-12)
+    args = argparse.Namespace(scale=15.0, margin=0.2, alpha=0.5, pairing=0.5)
+    inputs = (clean.requires_grad_(), adversarial.requires_grad_())
+    assert torch.autograd.gradcheck(lambda a, b: train_alp_he.alp(a, b, y, args), inputs)
+
+
+def test_mart_is_eq_11(batch):
+    z, weight, y = batch
+    clean, adversarial = 3 * models.cosine(z, weight), 3 * models.cosine(z.flip(0), weight)
+    expected = 0.0
+    for a, b, label in zip(clean.tolist(), adversarial.tolist(), y.tolist(), strict=True):
+        p, q = softmax(a), softmax(b)
+        expected -= math.log(q[label]) + math.log(1 - max(q[k] for k in range(K) if k != label))
+        expected += 6 * sum(p[k] * math.log(p[k] / q[k]) for k in range(K)) * (1 - p[label])
+    assert train_mart.mart_loss(clean, adversarial, y, 6.0).item() == pytest.approx(expected / B, rel=1e-12)
+    inputs = (clean.requires_grad_(), adversarial.requires_grad_())
+    assert torch.autograd.gradcheck(lambda a, b: train_mart.mart_loss(a, b, y, 6.0), inputs)
+
+
+def test_mart_stays_finite_where_a_wrong_class_takes_all():
+    logits = torch.tensor([[0.0, 200.0, -200.0]], requires_grad=True)
+    loss = train_mart.mart_loss(logits, logits, torch.tensor([0]), 6.0)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite() and grad.isfinite().all()
+
+
+def test_the_fast_step_is_one_sign_step_from_a_random_point_cut_to_ball_and_range():
+    torch.manual_seed(0)
+    weight = torch.randn(2, 6)
+    x, y = torch.rand(50, 1, 2, 3), torch.zeros(50, dtype=torch.long)
+    x_adv = train_fast_he.fast_step(lambda x: x.flatten(1) @ weight.T, x, y, 1.0, 0.1, 0.3)
+    optimum = (x - 0.1 * (weight[0] - weight[1]).sign().view(1, 1, 2, 3)).clamp(0, 1)
+    torch.testing.assert_close(x_adv, optimum)  # a step of 3 eps crosses the ball from any start
+    x_adv = train_fast_he.fast_step(lambda x: x.flatten(1) @ weight.T, x, y, 1.0, 0.1, 0.05)
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+    assert not torch.allclose(x_adv, optimum)

@@ -320,3 +320,59 @@ def test_angular_at_minimizes_eq_8(cli, tmp_path, monkeypatch):
         first_loss(alpha, beta)
     assert losses[2, 0] - losses[0, 0] == pytest.approx(2 * terms["wfc"].item(), rel=1e-4)
     assert losses[0, 3] - losses[0, 0] == pytest.approx(3 * terms["separation"].item(), rel=1e-4)
+
+
+def test_free_replays_each_batch_and_takes_both_gradients_from_one_backward_pass(cli, tmp_path, monkeypatch):
+    """delta_{t+1} = clip(delta_t + step * sign(grad)), grad of the very loss that updates the weights."""
+    passes, stepped = [], []
+    forward, step = models.Classifier.forward, common.Run.step
+
+    def record(self, x, with_features=False):
+        if self.training:
+            passes.append(x)
+        return forward(self, x, with_features)
+
+    def record_step(self, loss, logits, y):
+        step(self, loss, logits, y)
+        stepped.append((passes[-1].detach(), passes[-1].grad.clone(), y))
+
+    monkeypatch.setattr(models.Classifier, "forward", record)
+    monkeypatch.setattr(common.Run, "step", record_step)
+    flags = [
+        "--limit",
+        "164",
+        "--batch-size",
+        "32",
+        "--epochs",
+        "1",
+        "--eps-warmup",
+        "0",
+        "--eps",
+        "0.1",
+        "--step-size",
+        "0.04",
+    ]
+    assert cli("train_free_he", *flags, "--replays", "3", "--no-amp", "--out", tmp_path / "run")[0] == 0
+    assert len(passes) == len(stepped) == 6 and len(log_rows(tmp_path / "run")) == 1
+    labels = [y for _, _, y in stepped]
+    assert torch.equal(labels[0], labels[2]) and not torch.equal(labels[2], labels[3])
+    x, delta = stepped[0][0], torch.zeros(32, 1, 8, 8)
+    for i, (x_adv, grad, _) in enumerate(stepped[:3]):
+        torch.testing.assert_close(x_adv, (x + delta).clamp(0, 1))
+        delta = (delta + 0.04 * grad.sign()).clamp(-0.1, 0.1)
+        assert i == 0 or delta.abs().max() > 0.04 - 1e-6
+    moved = (stepped[3][0] - stepped[5][0]).abs().max()
+    assert 0 < moved <= 0.2 + 1e-6
+
+
+def test_free_resumed_equals_free_uninterrupted(tmp_path):
+    flags = ["--replays", "2"]
+    finish(tmp_path / "whole", *flags, script="train_free_he.py")
+    process = start(tmp_path / "killed", *flags, script="train_free_he.py")
+    for line in process.stdout:
+        if line.startswith("epoch   2/3"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    finish(tmp_path / "killed", *flags, "--resume", script="train_free_he.py")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
