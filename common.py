@@ -332,7 +332,7 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     flag, names = parser.add_argument, ", ".join(KNOWN)
     flag("--dataset", default="digits", metavar="NAME_OR_NPZ", help=f"{names}, or FILE.npz (default: digits)")
     flag("--data-dir", default="data", help="where datasets are looked for and downloaded to (default: data)")
-    add("--arch", "small_cnn, resnet18, preactresnet18 or wrn-D-W")
+    add("--arch", models.ARCHS)
     add("--epochs", "passes over the training images", type=number(int, 1))
     add("--batch-size", "images a step", type=number(int, 2))
     add("--optimizer", "sgd has momentum 0.9", choices=("sgd", "adam"))
@@ -366,7 +366,7 @@ def add_head_flags(parser: Parser, argv: list[str] | None, margins: dict[str, fl
     scale, margin = 1.0 if head == "linear" else 15.0, margins.get(head, 0.0)
     on_off = argparse.BooleanOptionalAction
     flag = parser.add_argument_group("head").add_argument
-    flag("--head", default="he", choices=models.HEADS, help="W z + b, cos(theta) or -theta (default: he)")
+    flag("--head", default="he", choices=("linear", "he", "mhe"), help="W z + b, cos(theta) or -theta (default: he)")
     flag("--fn", action=on_off, default=True, help="normalize the features z (default: on; linear has none)")
     flag("--wn", action=on_off, default=True, help="normalize the class weights W_k (default: on; linear has none)")
     flag("--scale", type=number(float, 0), default=scale, help=f"s of the loss (default: {scale:g}; {source})")
@@ -536,6 +536,8 @@ SCHEDULES = {  # lr / --lr as a function of the share of the run that is done, i
     "multistep": lambda done: 0.1 ** ((done >= 0.75) + (done >= 0.9)),
     "cyclic": lambda done: 1 - abs(2 * done - 1),
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "gentle": lambda done: 0.9 ** int(done / 0.15),  # x0.9 every 60 of 400 epochs
+    "constant": lambda done: 1.0,
 }
 MAY_CHANGE = ("epochs", "resume", "out", "data_dir", "device", "amp", "compile")  # between a run and its --resume
 
@@ -553,13 +555,17 @@ def build_model(args: argparse.Namespace, data: Data, **options: object) -> mode
 class Run:
     """What every training loop needs around it: device, batches, optimizer, schedule, log, checkpoints, resume.
 
-    run.model is the model on the device; with `replays` each batch comes that many times in a row (FreeAT). args.out
-    receives args.json, log.csv, curves.png, last.pt and best.pt (the epoch of the best held-out PGD accuracy). On a CPU
-    a resumed run ends bit for bit where an uninterrupted one does.
+    run.model is the model on the device; with `replays` each batch comes that many times in a row (FreeAT); `natural`
+    says that the loss sees no adversarial images. args.out receives args.json, log.csv, curves.png, last.pt and best.pt
+    (the epoch of the best held-out PGD accuracy, and then of the best clean one). On a CPU a resumed run ends bit for
+    bit where an uninterrupted one does.
     """
 
-    def __init__(self, args: argparse.Namespace, model: models.Classifier, data: Data, replays: int = 1):
+    def __init__(
+        self, args: argparse.Namespace, model: models.Classifier, data: Data, replays: int = 1, natural: bool = False
+    ):
         self.args, self.data, self.out, self.replays = args, data, Path(args.out), replays
+        self.trained_on = "clean" if natural else "robust"  # what the running accuracy is
         if args.batch_size > len(data.y_train):
             left = f"{len(data.y_train)} training images of {data.name}"
             raise UserError(f"--batch-size {args.batch_size} is more than the {left} that are left")
@@ -668,7 +674,9 @@ class Run:
         """Advance the progress bar; its figures are fetched from the device only when it is drawn anew."""
         if self.bar.update(images):
             loss, right, count = self.totals.tolist()
-            self.bar.set_postfix_str(f"loss {loss / count:.3f}, robust {100 * right / count:.1f} %", refresh=False)
+            self.bar.set_postfix_str(
+                f"loss {loss / count:.3f}, {self.trained_on} {100 * right / count:.1f} %", refresh=False
+            )
 
     def warm(self, radius: float) -> float:
         """eps or step size in this step: it rises linearly to `radius` over the first --eps-warmup epochs."""
@@ -676,7 +684,7 @@ class Run:
         return radius * min(1.0, (self.scheduler.last_epoch + 1) / steps) if steps else radius
 
     def step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
-        """Backward, optimizer, schedule; `logits` on the adversarial images give the running robust accuracy."""
+        """Backward, optimizer, schedule; `logits` on the images trained on give the running accuracy."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -698,7 +706,7 @@ class Run:
             "epoch": self.epoch,
             "lr": self.lr,  # of the epoch's last step
             "loss": loss / count,
-            "train_robust": 100 * right / count,
+            "train_accuracy": 100 * right / count,  # on the images that the loss saw, while it was learning
             "val_clean": clean,
             "val_robust": robust,
             "images_per_s": count / seconds,
@@ -708,7 +716,8 @@ class Run:
         self.history.append(row)
         self._save(is_best)
         print(
-            f"epoch {self.epoch:3d}/{self.args.epochs}  loss {row['loss']:.4f}  train robust {row['train_robust']:.2f}"
+            f"epoch {self.epoch:3d}/{self.args.epochs}  loss {row['loss']:.4f}"
+            f"  train {self.trained_on} {row['train_accuracy']:.2f}"
             f"  held-out clean {clean:.2f}  PGD-{self.args.steps} {robust:.2f}{'*' if is_best else ' '}"
             f"  lr {row['lr']:.2g}  {row['images_per_s']:.0f} img/s",
             flush=True,
@@ -766,7 +775,7 @@ class Run:
         write_atomically(self.out / "log.csv", write, "w")
         if self.epoch == self.args.epochs or time.monotonic() - self.plotted > 30:
             self.plotted = time.monotonic()
-            plot_curves(self.history, self.args, self.out / "curves.png")
+            plot_curves(self.history, f"training, {self.trained_on}", self.args.steps, self.out / "curves.png")
 
 
 def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -775,7 +784,7 @@ def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.op
     return torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
 
-def plot_curves(history: list[dict], args: argparse.Namespace, path: Path) -> None:
+def plot_curves(history: list[dict], training: str, steps: int, path: Path) -> None:
     """Loss and accuracies against the epoch."""
     import matplotlib
 
@@ -788,8 +797,8 @@ def plot_curves(history: list[dict], args: argparse.Namespace, path: Path) -> No
     left.set(xlabel="epoch", ylabel="training loss")
     for key, label in (
         ("val_clean", "held-out, clean"),
-        ("val_robust", f"held-out, PGD-{args.steps}"),
-        ("train_robust", "training, adversarial"),
+        ("val_robust", f"held-out, PGD-{steps}"),
+        ("train_accuracy", training),
     ):
         right.plot(epochs, [row[key] for row in history], label=label, marker=".")
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101))

@@ -515,7 +515,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("for a bare state dict")
     flag = group.add_argument
     flag("--arch", help="such as wrn-34-10")
-    flag("--head", default="linear", choices=models.HEADS, help="(default: linear)")
+    flag("--head", default="linear", choices=("linear", "he", "mhe"), help="(default: linear)")
     flag("--scale", type=number(float, 0), help="s of the training loss (default: 15, for linear 1)")
     flag("--margin", type=number(float, 0), help="m of the training loss (default: he 0.2, mhe 0.1, linear 0)")
     on_off = argparse.BooleanOptionalAction

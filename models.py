@@ -2,10 +2,10 @@
 
 Every model maps images in [0, 1], (B, C, H, W), to logits, (B, K):
 
-    x -> normalize -> embed -> z = features(x), (B, d) -> fc (the head) -> logits
+    x -> normalize -> embed -> project -> z = features(x), (B, d) -> fc (the head) -> logits
 
-The heads are those of Pang et al. 2020, "Boosting Adversarial Training with Hypersphere Embedding" (HE):
-`linear` is W z + b, `he` is cos(theta) (Eq. 5), `mhe` is -theta (Sec. 3.5). Scale and margin belong to the loss.
+The heads: `linear` is W z + b; `he` is cos(theta) and `mhe` is -theta (HE, Pang et al. 2020, Eq. 5 and Sec. 3.5); `mmc`
+is minus half the squared distance to fixed centers (MMC, Pang et al. 2020). Scale and margin belong to the loss.
 """
 
 import re
@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEADS = ("linear", "he", "mhe")
+HEADS = ("linear", "he", "mhe", "mmc")
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "prelu": nn.PReLU, "leaky_relu": nn.LeakyReLU}
+ARCHS = "small_cnn, alexnet, resnet18, resnet32, preactresnet18 or wrn-D-W such as wrn-34-10"
 WRN = re.compile(r"wrn-(\d{1,3})-(\d{1,2})")
 
 
@@ -56,8 +58,37 @@ class HEHead(nn.Linear):
         return -arccos(logits) if self.angular else logits
 
 
+def max_mahalanobis_centers(num_classes: int, feature_dim: int, norm: float) -> Tensor:
+    """K vectors (K, d) of length `norm` whose pairwise cosines are all -1 / (K - 1) (Pang et al. 2018, Alg. 1).
+
+    Vector k has its last nonzero coordinate at k, so that each new one is fixed by its products with those before it.
+    Raises ValueError where K > d + 1: so many do not fit.
+    """
+    if num_classes > feature_dim + 1:
+        raise ValueError(f"head mmc: {num_classes} centers need at least {num_classes - 1} feature dimensions")
+    centers = torch.zeros(num_classes, max(feature_dim, num_classes), dtype=torch.float64)
+    for k in range(num_classes):
+        for j in range(k):
+            product = centers[k, :j] @ centers[j, :j]
+            centers[k, j] = (-1 / (num_classes - 1) - product) / centers[j, j]
+        centers[k, k] = (1 - centers[k, :k].square().sum()).clamp(min=0).sqrt()
+    return norm * centers[:, :feature_dim].float()
+
+
+class MMCHead(nn.Module):
+    """Logits -||z - mu_k||^2 / 2 for fixed centers: the largest is the nearest center (MMC, Eq. 8)."""
+
+    def __init__(self, feature_dim: int, num_classes: int, center_norm: float):
+        super().__init__()
+        self.register_buffer("centers", max_mahalanobis_centers(num_classes, feature_dim, center_norm))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return -(z[:, None] - self.centers).square().sum(2) / 2
+
+
 class Classifier(nn.Module):
-    """What every backbone shares. `build_model` sets `normalize`, `fc`, `scale`, `margin` and `options`.
+    """What every backbone shares. `build_model` sets all that is not the backbone's own: normalize, activation (the
+    last one, where the backbone takes a choice), project, fc, scale, margin and options.
 
     `amp` runs the backbone in bfloat16; the head and whatever follows it stay in the dtype of the images.
     """
@@ -73,7 +104,7 @@ class Classifier(nn.Module):
         """z, (B, d): the penultimate features, before any normalization of them."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             x_normalized = self.normalize(x).contiguous(memory_format=torch.channels_last)
-            return self.embed(x_normalized).to(x.dtype)
+            return self.project(self.embed(x_normalized)).to(x.dtype)
 
     def forward(self, x: Tensor, with_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, K), and with them z (B, d) where a loss needs both."""
@@ -101,10 +132,30 @@ class SmallCNN(Classifier):
         if image_size < 1:
             raise ValueError("arch small_cnn needs images of at least 4 pixels")
         self.conv = nn.Sequential(*layers)
-        self.hidden = nn.Sequential(
-            nn.Linear(2 * width * image_size**2, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
-        )
+        self.hidden = nn.Sequential(nn.Linear(2 * width * image_size**2, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
         self.feature_dim = hidden
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.activation(self.hidden(self.conv(x).flatten(1)))
+
+
+class AlexNet(Classifier):
+    """Krizhevsky et al. 2012 sized for 28 and 32 pixels: five 3x3 convolutions, three poolings, fc 1024, 1024; ours."""
+
+    def __init__(self, in_channels: int, image_size: int):
+        super().__init__()
+        if image_size < 16:
+            raise ValueError("arch alexnet needs images of at least 16 pixels")
+        self.conv = nn.Sequential(
+            *(nn.Conv2d(in_channels, 64, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(64, 192, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        )
+        side = (image_size + 1) // 2 // 2 // 2 // 2
+        self.hidden = nn.Sequential(nn.Linear(256 * side**2, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU())
+        self.feature_dim = 1024
 
     def embed(self, x: Tensor) -> Tensor:
         return self.hidden(self.conv(x).flatten(1))
@@ -191,13 +242,17 @@ class PreActResNet(Classifier):
         out = self.conv1(x)
         for name in self.blocks:
             out = getattr(self, name)(out)
-        return F.relu(self.bn1(out), inplace=True).mean((2, 3))
+        return self.activation(self.bn1(out)).mean((2, 3))
 
 
 def make_backbone(arch: str, in_channels: int, image_size: int) -> Classifier:
     """The backbone called `arch`, without its head. Raises ValueError for an unknown name or an illegal size."""
     if arch == "small_cnn":
         return SmallCNN(in_channels, image_size)
+    if arch == "alexnet":
+        return AlexNet(in_channels, image_size)
+    if arch == "resnet32":
+        return ResNet(in_channels, [16, 32, 64], depth=5)
     if arch == "resnet18":
         return ResNet(in_channels, [64, 128, 256, 512], depth=2)
     if arch == "preactresnet18":
@@ -207,18 +262,20 @@ def make_backbone(arch: str, in_channels: int, image_size: int) -> Classifier:
         if depth < 10 or (depth - 4) % 6 or width < 1:
             raise ValueError(f"arch {arch!r}: the depth of wrn-D-W is 6n + 4 (10, 16, 22, 28, 34, ...), its width >= 1")
         return PreActResNet(in_channels, 16, [16 * width, 32 * width, 64 * width], depth=(depth - 4) // 6)
-    raise ValueError(f"unknown arch {arch!r}: choose small_cnn, resnet18, preactresnet18 or wrn-D-W such as wrn-34-10")
+    raise ValueError(f"unknown arch {arch!r}: choose {ARCHS}")
 
 
-def make_head(head: str, feature_dim: int, num_classes: int, fn: bool, wn: bool) -> nn.Module:
+def make_head(head: str, feature_dim: int, num_classes: int, fn: bool, wn: bool, center_norm: float) -> nn.Module:
     """The layer from z (B, d) to logits (B, K). Raises ValueError for a combination that has no meaning."""
     if head not in HEADS:
         raise ValueError(f"unknown head {head!r}: choose one of {', '.join(HEADS)}")
     if head != "he" and not (fn and wn):
-        why = "has nothing to normalize" if head == "linear" else "takes the arccos of a cosine and needs both"
+        why = "takes the arccos of a cosine and needs both" if head == "mhe" else "has nothing to normalize"
         raise ValueError(f"fn and wn can be switched off for head he alone: {head} {why}")
     if head == "linear":
         return nn.Linear(feature_dim, num_classes)
+    if head == "mmc":
+        return MMCHead(feature_dim, num_classes, center_norm)
     return HEHead(feature_dim, num_classes, fn, wn, angular=head == "mhe")
 
 
@@ -233,13 +290,18 @@ def build_model(
     wn: bool = True,
     scale: float = 1.0,
     margin: float = 0.0,
+    activation: str = "relu",
+    feature_dim: int | None = None,
+    center_norm: float = 1.0,
     mean: list[float] | None = None,
     std: list[float] | None = None,
 ) -> Classifier:
     """A fresh model on square images of `image_size` pixels; `build_model(**model.options)` builds the same again.
 
     scale (s) and margin (m) are those of the training loss: they change no logit here, and tell an attack what the
-    model was trained with. fn and wn normalize features and weights of head `he`. Raises ValueError with what is wrong.
+    model was trained with. fn and wn normalize features and weights under head he. activation is the last one before z,
+    for small_cnn and the pre-activation networks. feature_dim projects z linearly to so many dimensions. center_norm is
+    the length of the centers of head mmc. Raises ValueError with what is wrong.
     """
     options = dict(locals())
     model = make_backbone(arch, in_channels, image_size)
@@ -247,6 +309,12 @@ def build_model(
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     model.normalize = Normalize(mean or [0.0] * in_channels, std or [1.0] * in_channels)
-    model.fc = make_head(head, model.feature_dim, num_classes, fn, wn)
+    if activation != "relu" and not isinstance(model, SmallCNN | PreActResNet):
+        raise ValueError(f"arch {arch!r} takes no other last activation than relu")
+    model.activation = ACTIVATIONS[activation]()
+    model.project = nn.Identity()
+    if feature_dim is not None:
+        model.project, model.feature_dim = nn.Linear(model.feature_dim, feature_dim), feature_dim
+    model.fc = make_head(head, model.feature_dim, num_classes, fn, wn, center_norm)
     model.scale, model.margin, model.options = scale, margin, options
     return model
