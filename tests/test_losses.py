@@ -8,11 +8,14 @@ import torch
 
 import common
 import models
+import train_abcl
 import train_alp_he
 import train_angular_at
 import train_fast_he
 import train_mart
+import train_mmc
 import train_trades_he
+import train_weightpen
 
 B, K, D = 6, 5, 7
 
@@ -169,3 +172,82 @@ def test_the_fast_step_is_one_sign_step_from_a_random_point_cut_to_ball_and_rang
     x_adv = train_fast_he.fast_step(lambda x: x.flatten(1) @ weight.T, x, y, 1.0, 0.1, 0.05)
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
     assert not torch.allclose(x_adv, optimum)
+
+
+def simplex(k, d):
+    """K unit vectors in d dimensions with pairwise cosines -1 / (K - 1), rotated at random."""
+    centered = torch.eye(k, dtype=torch.float64) - 1 / k
+    rotation = torch.linalg.qr(torch.randn(d, k, dtype=torch.float64, generator=torch.Generator().manual_seed(2))).Q
+    return torch.nn.functional.normalize(centered) @ rotation.T
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_the_simplex_penalty_is_its_formula_and_vanishes_on_the_simplex(batch, norm):
+    _, weight, _ = batch
+    s = 0.3
+    gap = torch.tensor(
+        [
+            [float(a @ b) - (s**2 if i == j else s**2 / (1 - K)) for j, b in enumerate(weight)]
+            for i, a in enumerate(weight)
+        ]
+    )
+    expected = gap.square().sum().sqrt() if norm == "frobenius" else torch.linalg.eigvalsh(gap).abs().max()
+    assert train_weightpen.simplex_penalty(weight, s, norm).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert train_weightpen.simplex_penalty(s * simplex(K, D), s, norm).item() < 1e-12
+    penalty = lambda w: train_weightpen.simplex_penalty(w, s, norm)  # noqa: E731
+    assert torch.autograd.gradcheck(penalty, weight.clone().requires_grad_())
+
+
+def test_driving_the_penalty_to_zero_gives_the_simplex_angles():
+    torch.manual_seed(0)
+    weight = torch.randn(10, 200, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], 0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        penalty = train_weightpen.simplex_penalty(weight, 1.0, "frobenius")
+        penalty.backward()
+        optimizer.step()
+        schedule.step()
+    gram = models.cosine(weight, weight)[~torch.eye(10, dtype=torch.bool)]
+    degrees = gram.detach().acos().rad2deg()
+    assert penalty.item() < 0.01
+    assert degrees.min().item() == pytest.approx(math.degrees(math.acos(-1 / 9)), abs=0.3)
+    assert degrees.max().item() == pytest.approx(math.degrees(math.acos(-1 / 9)), abs=0.3)
+
+
+@pytest.mark.parametrize("k, d", [(2, 1), (2, 5), (10, 9), (10, 256), (100, 256)])
+def test_max_mahalanobis_centers_have_one_length_and_one_angle(k, d):
+    centers = models.max_mahalanobis_centers(k, d, norm=10**0.5).double()
+    gram = centers @ centers.T
+    assert centers.shape == (k, d) and torch.allclose(gram.diagonal(), torch.tensor(10.0).double(), atol=1e-4)
+    off = gram[~torch.eye(k, dtype=torch.bool)]
+    assert torch.allclose(off, torch.tensor(-10 / (k - 1)).double(), atol=1e-4)
+
+
+def test_more_centers_than_fit_are_refused():
+    with pytest.raises(ValueError, match="at least 9 feature dimensions"):
+        models.build_model("small_cnn", 10, 1, image_size=28, head="mmc", feature_dim=8)
+
+
+def test_mmc_is_half_the_squared_distance_and_predicts_the_nearest_center(batch):
+    z, _, y = batch
+    head = models.MMCHead(D, K, center_norm=10**0.5).double()
+    distances = [[float(((a - center) ** 2).sum()) for center in head.centers.double()] for a in z]
+    logits = head(z)
+    expected = sum(row[label] for row, label in zip(distances, y.tolist(), strict=True)) / (2 * B)
+    assert train_mmc.mmc_loss(logits, y).item() == pytest.approx(expected, rel=1e-9)
+    assert logits.argmax(1).tolist() == [row.index(min(row)) for row in distances]
+    assert torch.autograd.gradcheck(lambda z: train_mmc.mmc_loss(head(z), y), z.clone().requires_grad_())
+
+
+def test_abcls_two_terms_are_their_formulas(batch):
+    z, weight, y = batch
+    cos, gram = cosines(z, weight), cosines(weight, weight)
+    intra = sum((1 - row[label]) ** 2 for row, label in zip(cos, y.tolist(), strict=True)) / B
+    nearest = [max(gram[i][j] for j in range(K) if j != i) for i in range(K)]
+    inter = sum(max(value + 1 / (K - 1), 0) ** 2 for value in nearest) / K
+    assert train_abcl.intra_class(models.cosine(z, weight), y).item() == pytest.approx(intra, rel=1e-12)
+    assert train_abcl.inter_class(weight).item() == pytest.approx(inter, rel=1e-12)
+    assert train_abcl.inter_class(simplex(K, D)).item() < 1e-24
+    assert torch.autograd.gradcheck(train_abcl.inter_class, weight.clone().requires_grad_())

@@ -51,7 +51,8 @@ def test_cosines_are_bounded_and_modified_he_gives_angles(features):
 
 @pytest.mark.parametrize("arch, channels, size", [
     ("small_cnn", 1, 8), ("small_cnn", 1, 28), ("small_cnn", 3, 32), ("resnet18", 3, 32), ("resnet18", 1, 28),
-    ("preactresnet18", 3, 32), ("wrn-10-1", 3, 32), ("wrn-16-2", 3, 64),
+    ("preactresnet18", 3, 32), ("wrn-10-1", 3, 32), ("wrn-16-2", 3, 64), ("resnet32", 3, 32), ("alexnet", 3, 32),
+    ("alexnet", 1, 28),
 ])  # fmt: skip
 def test_every_backbone_gives_features_logits_and_gradients(arch, channels, size):
     torch.manual_seed(0)
@@ -177,3 +178,29 @@ def test_a_published_state_dict_loads_and_gives_the_same_logits(tmp_path, head, 
     model, _ = common.load_checkpoint(tmp_path / "published.pt", arch="wrn-16-2", head=head, num_classes=10)
     x = torch.rand(3, 3, 32, 32)
     torch.testing.assert_close(model(x), published_forward(state, x, blocks=2, he=head == "he"))
+
+
+@pytest.mark.parametrize("arch", ["small_cnn", "preactresnet18", "wrn-10-1"])
+def test_the_last_activation_bounds_the_features(arch):
+    features = {}
+    for activation in models.ACTIVATIONS:
+        torch.manual_seed(0)
+        model = models.build_model(arch, 10, 1, image_size=28, activation=activation)
+        features[activation] = model.features(10 * torch.rand(4, 1, 28, 28))
+    assert features["relu"].min() >= 0 > features["tanh"].min() and features["tanh"].abs().max() <= 1
+    assert (features["leaky_relu"] <= features["relu"]).all() and not torch.equal(features["prelu"], features["relu"])
+
+
+def test_another_activation_where_there_is_no_choice_is_a_value_error():
+    with pytest.raises(ValueError, match="no other last activation"):
+        models.build_model("resnet18", 10, activation="tanh")
+
+
+def test_features_can_be_projected():
+    model = models.build_model("alexnet", 10, 1, image_size=28, feature_dim=3)
+    z = model.features(torch.rand(2, 1, 28, 28))
+    assert z.shape == (2, 3) and model.fc.in_features == 3 and models.build_model(**model.options).feature_dim == 3
+
+
+def test_resnet32_has_the_published_size():
+    assert sum(p.numel() for p in models.build_model("resnet32", 10).parameters()) == 466_906
