@@ -537,6 +537,8 @@ SCHEDULES = {  # lr / --lr as a function of the share of the run that is done, i
     "cyclic": lambda done: 1 - abs(2 * done - 1),
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "gentle": lambda done: 0.9 ** int(done / 0.15),  # x0.9 every 60 of 400 epochs
+    "thirds": lambda done: 0.1 ** ((done >= 1 / 3) + (done >= 2 / 3)),
+    "late": lambda done: 0.1 ** ((done >= 34 / 64) + (done >= 54 / 64)),  # at 34 k and 54 k of 64 k iterations
     "constant": lambda done: 1.0,
 }
 MAY_CHANGE = ("epochs", "resume", "out", "data_dir", "device", "amp", "compile")  # between a run and its --resume
@@ -547,7 +549,7 @@ def build_model(args: argparse.Namespace, data: Data, **options: object) -> mode
     torch.manual_seed(args.seed)
     shape = dict(num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size)
     try:
-        return models.build_model(args.arch, **shape, **data.statistics(), **options)
+        return models.build_model(args.arch, **(shape | data.statistics() | options))
     except ValueError as error:
         raise UserError(error) from None
 
@@ -681,7 +683,12 @@ class Run:
     def warm(self, radius: float) -> float:
         """eps or step size in this step: it rises linearly to `radius` over the first --eps-warmup epochs."""
         steps = self.args.eps_warmup * self.steps_an_epoch
-        return radius * min(1.0, (self.scheduler.last_epoch + 1) / steps) if steps else radius
+        return radius * min(1.0, (self.iteration + 1) / steps) if steps else radius
+
+    @property
+    def iteration(self) -> int:
+        """Optimizer steps taken so far, over all epochs."""
+        return self.scheduler.last_epoch
 
     def step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
         """Backward, optimizer, schedule; `logits` on the images trained on give the running accuracy."""
@@ -763,6 +770,15 @@ class Run:
         for name in ("best.pt", "last.pt") if is_best else ("last.pt",):
             write_atomically(self.out / name, lambda file: torch.save(content, file))
         self._write_log()
+
+    def annotate(self, key: str, measure: Callable[[models.Classifier], object]) -> None:
+        """After training: write measure(model), plain data, into last.pt and best.pt, each with its own weights."""
+        for path in (self.out / "last.pt", self.out / "best.pt"):
+            content = read_file(path)
+            self.model.load_state_dict(content["model"])
+            with attack_mode(self.model), torch.no_grad():
+                content[key] = measure(self.model)
+            write_atomically(path, lambda file, content=content: torch.save(content, file))
 
     def _write_log(self) -> None:
         """log.csv whole, from the checkpoint's history; curves.png at most twice a minute, and at the end."""

@@ -5,9 +5,11 @@ Every model maps images in [0, 1], (B, C, H, W), to logits, (B, K):
     x -> normalize -> embed -> project -> z = features(x), (B, d) -> fc (the head) -> logits
 
 The heads: `linear` is W z + b; `he` is cos(theta) and `mhe` is -theta (HE, Pang et al. 2020, Eq. 5 and Sec. 3.5); `mmc`
-is minus half the squared distance to fixed centers (MMC, Pang et al. 2020). Scale and margin belong to the loss.
+is minus half the squared distance to fixed centers (MMC, Pang et al. 2020); `sphere` is ||z|| * g(W_k, z), `sphere_wm`
+|a| * g(W_k, z) (D-SphereNet, 2018, Eq. 4 and 6). Scale and margin belong to the loss.
 """
 
+import math
 import re
 from collections import OrderedDict
 
@@ -15,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEADS = ("linear", "he", "mhe", "mmc")
+HEADS = ("linear", "he", "mhe", "mmc", "sphere", "sphere_wm")
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "prelu": nn.PReLU, "leaky_relu": nn.LeakyReLU}
-ARCHS = "small_cnn, alexnet, resnet18, resnet32, preactresnet18 or wrn-D-W such as wrn-34-10"
+ARCHS = "small_cnn, dsphere_mnist, dsphere_cifar, alexnet, resnet18, resnet32, preactresnet18 or wrn-D-W (wrn-34-10)"
 WRN = re.compile(r"wrn-(\d{1,3})-(\d{1,2})")
 
 
@@ -30,6 +32,82 @@ def arccos(cos: Tensor) -> Tensor:
 def cosine(z: Tensor, weight: Tensor) -> Tensor:
     """cos(theta_k) = <W~_k, z~>, (B, K), for features z (B, d) and class weights (K, d)."""
     return F.linear(F.normalize(z, dim=1), F.normalize(weight, dim=1))
+
+
+# g(w, x) of D-SphereNet, Sec. 4.1, as functions of cos(theta); linear and sigmoid are of Liu et al. 2017. The quadratic
+# one, below -1 for angles over 114 degrees, is cut there, which the ReLU behind a hidden layer hides anyway.
+SIGMOID_K = 0.5
+CORRELATIONS = {
+    "cosine": lambda cos: cos,
+    "linear": lambda cos: 1 - 2 * arccos(cos) / math.pi,
+    "sigmoid": lambda cos: ((math.pi / 2 - arccos(cos)) / (2 * SIGMOID_K)).tanh() / math.tanh(math.pi / 4 / SIGMOID_K),
+    "quadratic": lambda cos: (1 - (1 - cos).square()).clamp(min=-1),
+    "truncated": lambda cos: cos,  # times min(1, ||x||)
+}
+TINY = 1e-8  # added to the squared norm: a zero patch has correlation 0 and a finite gradient
+
+
+def sphere_weight(weight: Tensor, manifold: str) -> Tensor:
+    """Kernels (K, ...) of length 1: in L2 on the sphere, in L1 on the simplex (our reading of Sec. 4.4)."""
+    flat = F.normalize(weight.flatten(1), p=2 if manifold == "sphere" else 1, dim=1)
+    return flat.view_as(weight)
+
+
+def patch_norm(x: Tensor, manifold: str) -> Tensor:
+    """||x||^2 on the sphere, ||x||_1 on the simplex, over the channels, (B, 1, ...), in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    power = torch.linalg.vector_norm(x, ord=2 if manifold == "sphere" else 1, dim=1, keepdim=True)
+    return power.square() if manifold == "sphere" else power
+
+
+def correlate(product: Tensor, content: Tensor, correlation: str, manifold: str) -> Tensor:
+    """g from <w~, x> (B, K, ...) and the `patch_norm` of each x, (B, 1, ...)."""
+    norm = (content + TINY).sqrt() if manifold == "sphere" else content + TINY**0.5
+    length = norm.clamp(max=1) if correlation == "truncated" else 1
+    return CORRELATIONS[correlation](product * (length / norm).to(product.dtype))
+
+
+class SphereConv2d(nn.Conv2d):
+    """A convolution with <w, x> replaced by g(w, x), in [-1, 1], for each kernel w and input patch x (Eq. 1).
+
+    The norm of a patch is one more convolution: of x^2, summed over the channels, with ones.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, *, correlation: str, manifold: str
+    ):
+        super().__init__(c_in, c_out, kernel, stride, padding, bias=False)
+        self.correlation, self.manifold = correlation, manifold
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = F.conv2d(x, sphere_weight(self.weight, self.manifold), None, self.stride, self.padding)
+        ones = torch.ones_like(self.weight[:1, :1])
+        content = F.conv2d(patch_norm(x, self.manifold), ones, None, self.stride, self.padding)
+        return correlate(product, content, self.correlation, self.manifold)
+
+
+class SphereLinear(nn.Linear):
+    """A linear layer with <w, x> replaced by g(w, x), in [-1, 1] (Eq. 1)."""
+
+    def __init__(self, d_in: int, d_out: int, *, correlation: str, manifold: str):
+        super().__init__(d_in, d_out, bias=False)
+        self.correlation, self.manifold = correlation, manifold
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = F.linear(x, sphere_weight(self.weight, self.manifold))
+        return correlate(product, patch_norm(x, self.manifold), self.correlation, self.manifold)
+
+
+class SphereHead(SphereLinear):
+    """Logits ||z|| * g(W_k, z) (W-Softmax, Eq. 4), or |a| * g(W_k, z) with one learned a (weight multiplier, Eq. 6)."""
+
+    def __init__(self, feature_dim: int, num_classes: int, weight_multiplier: bool, correlation: str, manifold: str):
+        super().__init__(feature_dim, num_classes, correlation=correlation, manifold=manifold)
+        self.multiplier = nn.Parameter(torch.tensor(10.0)) if weight_multiplier else None
+
+    def forward(self, z: Tensor) -> Tensor:
+        length = z.norm(dim=1, keepdim=True) if self.multiplier is None else self.multiplier.abs()
+        return length * super().forward(z)
 
 
 class Normalize(nn.Module):
@@ -139,6 +217,41 @@ class SmallCNN(Classifier):
         return self.activation(self.hidden(self.conv(x).flatten(1)))
 
 
+class SphereCNN(Classifier):
+    """The CNNs of D-SphereNet's Table 4; `correlation` inner gives its plain baseline, convolutions with a bias.
+
+    widths are those of the three stages, each of `depth` 3x3 convolutions and a 2x2 max-pooling; then fc `hidden`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: int,
+        widths: list[int],
+        depth: int,
+        hidden: int,
+        correlation: str,
+        manifold: str,
+    ):
+        super().__init__()
+        if image_size < 8:
+            raise ValueError("the networks of D-SphereNet need images of at least 8 pixels")
+        inner = correlation == "inner"
+        kind = {} if inner else {"correlation": correlation, "manifold": manifold}
+        conv, linear = (nn.Conv2d, nn.Linear) if inner else (SphereConv2d, SphereLinear)
+        layers = []
+        for c_in, c_out in zip([in_channels, *widths], widths, strict=False):
+            for i in range(depth):
+                layers += [conv(c_out if i else c_in, c_out, 3, padding=1, **kind), nn.ReLU()]
+            layers.append(nn.MaxPool2d(2))
+        self.conv = nn.Sequential(*layers)
+        self.hidden = linear(widths[-1] * (image_size // 8) ** 2, hidden, **kind)
+        self.feature_dim = hidden
+
+    def embed(self, x: Tensor) -> Tensor:
+        return F.relu(self.hidden(self.conv(x).flatten(1)))
+
+
 class AlexNet(Classifier):
     """Krizhevsky et al. 2012 sized for 28 and 32 pixels: five 3x3 convolutions, three poolings, fc 1024, 1024; ours."""
 
@@ -245,10 +358,14 @@ class PreActResNet(Classifier):
         return self.activation(self.bn1(out)).mean((2, 3))
 
 
-def make_backbone(arch: str, in_channels: int, image_size: int) -> Classifier:
+def make_backbone(arch: str, in_channels: int, image_size: int, correlation: str, manifold: str) -> Classifier:
     """The backbone called `arch`, without its head. Raises ValueError for an unknown name or an illegal size."""
     if arch == "small_cnn":
         return SmallCNN(in_channels, image_size)
+    if arch == "dsphere_mnist":
+        return SphereCNN(in_channels, image_size, [32, 64, 128], 2, 256, correlation, manifold)
+    if arch == "dsphere_cifar":
+        return SphereCNN(in_channels, image_size, [64, 128, 256], 3, 512, correlation, manifold)
     if arch == "alexnet":
         return AlexNet(in_channels, image_size)
     if arch == "resnet32":
@@ -265,8 +382,9 @@ def make_backbone(arch: str, in_channels: int, image_size: int) -> Classifier:
     raise ValueError(f"unknown arch {arch!r}: choose {ARCHS}")
 
 
-def make_head(head: str, feature_dim: int, num_classes: int, fn: bool, wn: bool, center_norm: float) -> nn.Module:
+def make_head(head: str, feature_dim: int, num_classes: int, options: dict) -> nn.Module:
     """The layer from z (B, d) to logits (B, K). Raises ValueError for a combination that has no meaning."""
+    fn, wn = options["fn"], options["wn"]
     if head not in HEADS:
         raise ValueError(f"unknown head {head!r}: choose one of {', '.join(HEADS)}")
     if head != "he" and not (fn and wn):
@@ -275,7 +393,9 @@ def make_head(head: str, feature_dim: int, num_classes: int, fn: bool, wn: bool,
     if head == "linear":
         return nn.Linear(feature_dim, num_classes)
     if head == "mmc":
-        return MMCHead(feature_dim, num_classes, center_norm)
+        return MMCHead(feature_dim, num_classes, options["center_norm"])
+    if head in ("sphere", "sphere_wm"):
+        return SphereHead(feature_dim, num_classes, head == "sphere_wm", options["correlation"], options["manifold"])
     return HEHead(feature_dim, num_classes, fn, wn, angular=head == "mhe")
 
 
@@ -293,6 +413,8 @@ def build_model(
     activation: str = "relu",
     feature_dim: int | None = None,
     center_norm: float = 1.0,
+    correlation: str = "inner",
+    manifold: str = "sphere",
     mean: list[float] | None = None,
     std: list[float] | None = None,
 ) -> Classifier:
@@ -301,10 +423,17 @@ def build_model(
     scale (s) and margin (m) are those of the training loss: they change no logit here, and tell an attack what the
     model was trained with. fn and wn normalize features and weights under head he. activation is the last one before z,
     for small_cnn and the pre-activation networks. feature_dim projects z linearly to so many dimensions. center_norm is
-    the length of the centers of head mmc. Raises ValueError with what is wrong.
+    the length of the centers of head mmc. correlation and manifold are D-SphereNet's g, for its networks and heads.
+    Raises ValueError with what is wrong.
     """
     options = dict(locals())
-    model = make_backbone(arch, in_channels, image_size)
+    if correlation not in ("inner", *CORRELATIONS) or manifold not in ("sphere", "simplex"):
+        raise ValueError(
+            f"correlation {correlation!r} on {manifold!r}: {', '.join(CORRELATIONS)}, on sphere or simplex"
+        )
+    if (correlation == "inner") == (head in ("sphere", "sphere_wm")):
+        raise ValueError(f"head {head} and correlation {correlation} do not go together")
+    model = make_backbone(arch, in_channels, image_size, correlation, manifold)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -315,6 +444,6 @@ def build_model(
     model.project = nn.Identity()
     if feature_dim is not None:
         model.project, model.feature_dim = nn.Linear(model.feature_dim, feature_dim), feature_dim
-    model.fc = make_head(head, model.feature_dim, num_classes, fn, wn, center_norm)
+    model.fc = make_head(head, model.feature_dim, num_classes, options)
     model.scale, model.margin, model.options = scale, margin, options
     return model

@@ -1,0 +1,206 @@
+"""D-SphereNet: its layers against an unfolded float64 reference, its losses, its inference statistics, its theory."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import models
+import train_dsphere
+
+
+def reference(cos, norm, correlation):
+    """g as section 4.1 writes it, from the cosine and the norm of each patch."""
+    theta, k = torch.acos(cos.clamp(-1, 1)), models.SIGMOID_K
+    if correlation == "linear":
+        return 1 - 2 * theta / math.pi
+    if correlation == "sigmoid":
+        e = math.exp(-math.pi / (2 * k))
+        ratio = torch.exp(theta / k - math.pi / (2 * k))
+        return (1 + e) / (1 - e) * (1 - ratio) / (1 + ratio)
+    if correlation == "quadratic":
+        return (1 - (1 - cos) ** 2).clamp(min=-1)
+    return norm.clamp(max=1) * cos if correlation == "truncated" else cos
+
+
+def unfolded(x, weight, correlation, manifold, stride, padding):
+    """The layer by unfolding: every patch as a vector, normalized by its own norm, against every normalized kernel."""
+    order = 2 if manifold == "sphere" else 1
+    patches = F.unfold(x, weight.shape[2:], padding=padding, stride=stride)
+    norm = patches.norm(p=order, dim=1, keepdim=True)
+    kernels = weight.flatten(1) / weight.flatten(1).norm(p=order, dim=1, keepdim=True)
+    out = reference(kernels @ (patches / norm), norm, correlation)
+    side = (x.shape[2] + 2 * padding - weight.shape[2]) // stride + 1
+    return out.view(len(x), len(weight), side, side)
+
+
+@pytest.mark.parametrize("correlation", models.CORRELATIONS)
+@pytest.mark.parametrize("manifold", ["sphere", "simplex"])
+@pytest.mark.parametrize("stride, padding", [(1, 0), (1, 1), (2, 0), (2, 1)])
+def test_the_convolution_is_the_unfolded_correlation_gradients_included(correlation, manifold, stride, padding):
+    torch.manual_seed(0)
+    layer = models.SphereConv2d(3, 5, 3, stride, padding, correlation=correlation, manifold=manifold).double()
+    x = (0.4 * torch.randn(2, 3, 7, 7, dtype=torch.float64)).requires_grad_()
+    expected = unfolded(x, layer.weight, correlation, manifold, stride, padding)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    seed = torch.randn_like(expected)
+    ours = torch.autograd.grad(layer(x), (x, layer.weight), seed)
+    theirs = torch.autograd.grad(expected, (x, layer.weight), seed)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("correlation", models.CORRELATIONS)
+def test_the_linear_layer_is_the_correlation_of_whole_vectors(correlation):
+    torch.manual_seed(0)
+    layer = models.SphereLinear(12, 4, correlation=correlation, manifold="sphere").double()
+    x = torch.randn(6, 12, dtype=torch.float64) * torch.tensor(
+        [[0.05], [0.1], [0.3], [1], [3], [9]], dtype=torch.float64
+    )
+    expected = reference(models.cosine(x, layer.weight), x.norm(dim=1, keepdim=True), correlation)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("correlation", models.CORRELATIONS)
+@pytest.mark.parametrize("manifold", ["sphere", "simplex"])
+def test_a_zero_patch_has_a_finite_value_and_gradient_and_outputs_are_bounded(correlation, manifold):
+    torch.manual_seed(0)
+    layer = models.SphereConv2d(2, 4, 3, padding=1, correlation=correlation, manifold=manifold)
+    x = torch.zeros(3, 2, 8, 8)
+    x[1], x[2, :, :4] = 100 * torch.randn(2, 8, 8), layer.weight[0, :, :1, :1].detach()
+    x.requires_grad_()
+    out = layer(x)
+    grads = torch.autograd.grad(out.square().sum() + out.sum(), (x, layer.weight))
+    assert out.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+    assert out.abs().max() <= 1 + 1e-5
+    assert out[0].abs().max() < 1e-6
+
+
+def test_the_output_does_not_depend_on_the_scale_of_the_input_except_under_truncation():
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 6, 6)
+    for correlation in models.CORRELATIONS:
+        layer = models.SphereConv2d(3, 4, 3, correlation=correlation, manifold="sphere")
+        assert torch.allclose(layer(x), layer(0.01 * x), atol=1e-3) == (correlation != "truncated")
+        assert torch.allclose(layer(x), layer(7 * x), atol=1e-3) or correlation == "truncated"
+
+
+def test_the_networks_have_the_published_layers():
+    mnist = models.build_model("dsphere_mnist", 10, 1, image_size=28, head="sphere", correlation="cosine")
+    cifar = models.build_model("dsphere_cifar", 10, 3, head="linear")
+    shapes = [tuple(p.shape) for p in mnist.parameters()]
+    assert shapes == [
+        (32, 1, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (128, 128, 3, 3),
+        (256, 128 * 9), (10, 256),
+    ]  # fmt: skip
+    convolutions = [m for m in cifar.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [64] * 3 + [128] * 3 + [
+        256
+    ] * 3 and cifar.hidden.out_features == 512
+    assert not any(isinstance(m, models.SphereConv2d | models.SphereLinear) for m in cifar.modules())
+
+
+def test_a_head_and_a_correlation_that_do_not_go_together_are_refused():
+    for head, correlation in (("sphere", "inner"), ("linear", "cosine"), ("sphere", "dot"), ("he", "cosine")):
+        with pytest.raises(ValueError, match="correlation"):
+            models.build_model("dsphere_mnist", 10, 1, image_size=28, head=head, correlation=correlation)
+
+
+def test_heads_give_w_softmax_and_weight_multiplier_logits():
+    torch.manual_seed(0)
+    z = torch.rand(5, 8)
+    kind = {"correlation": "quadratic", "manifold": "sphere"}
+    softmax, multiplier = models.SphereHead(8, 3, False, **kind), models.SphereHead(8, 3, True, **kind)
+    multiplier.multiplier.data.fill_(-2.5)
+    g = [(1 - (1 - models.cosine(z, head.weight)) ** 2).clamp(min=-1) for head in (softmax, multiplier)]
+    torch.testing.assert_close(softmax(z), z.norm(dim=1, keepdim=True) * g[0])
+    torch.testing.assert_close(multiplier(z), 2.5 * g[1])
+
+
+def test_annealing_is_eq_8_and_its_weight_falls_to_a_floor():
+    torch.manual_seed(0)
+    z, g, y = (
+        torch.rand(6, 4, dtype=torch.float64),
+        torch.randn(6, 3, dtype=torch.float64),
+        torch.tensor([0, 1, 2, 0, 1, 2]),
+    )
+    logits = z.norm(dim=1, keepdim=True) * g
+    for iteration, share in ((0, 10.0), (100, 5.0), (10**6, 0.1)):
+        expected = (F.cross_entropy(g, y) + share * F.cross_entropy(logits, y)) / (1 + share)
+        assert train_dsphere.annealed_ce(logits, z, y, iteration).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_orthogonality_is_its_formula_and_zero_on_orthogonal_kernels():
+    kind = {"correlation": "cosine", "manifold": "sphere"}
+    model = torch.nn.Sequential(
+        models.SphereConv2d(2, 6, 3, **kind), torch.nn.Linear(4, 4), models.SphereLinear(9, 5, **kind)
+    )
+    weights = [model[0].weight, model[2].weight]
+    kernels = [F.normalize(weight.flatten(1), dim=1) for weight in weights]
+    expected = sum(((w @ w.T - torch.eye(len(w))) ** 2).sum().item() for w in kernels)
+    assert train_dsphere.orthogonality(model).item() == pytest.approx(expected, rel=1e-5)
+    for weight in weights:
+        torch.nn.init.orthogonal_(weight, gain=3.0)
+    assert train_dsphere.orthogonality(model).item() < 1e-9
+
+
+def test_geodesic_statistics_are_stored_with_the_weights_they_belong_to(cli, tmp_path):
+    flags = ["--limit", "300", "--batch-size", "40", "--epochs", "2", "--out", tmp_path / "run"]
+    assert cli("train_dsphere", *flags)[0] == 0
+    data = common.load_data("digits", limit=300)
+    for name in ("best.pt", "last.pt"):
+        model, meta = common.load_checkpoint(tmp_path / "run" / name)
+        theta = models.arccos(models.cosine(model.features(common.to_float(data.x_train)), model.fc.weight))
+        mine = theta.gather(1, data.y_train[:, None]).squeeze(1).detach()
+        for k in range(10):
+            assert meta["geodesic"]["mean"][k] == pytest.approx(mine[data.y_train == k].mean().item(), abs=0.02)
+            assert meta["geodesic"]["std"][k] == pytest.approx(mine[data.y_train == k].std().item(), abs=0.02)
+
+
+def test_iterations_become_whole_epochs(cli, tmp_path):
+    flags = ["--limit", "180", "--batch-size", "40", "--iterations", "5", "--out", tmp_path / "run"]
+    assert cli("train_dsphere", *flags)[0] == 0
+    assert common.read_file(tmp_path / "run" / "last.pt")["epoch"] == 3  # two steps an epoch
+
+
+# The paper's three numerical claims, on its linear model y = x . w + noise, x uniform on the unit sphere.
+
+
+def on_sphere(rng, n, p):
+    x = rng.standard_normal((n, p))
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def attacked(x, w, noise, delta):
+    """Proposition 1: the FGSM example of the square loss, and its projection back to the sphere."""
+    x_adv = x - delta * np.sign(noise)[:, None] * np.sign(w)
+    return x_adv, x_adv / np.linalg.norm(x_adv, axis=1, keepdims=True)
+
+
+def test_appendix_a_projection_keeps_98_4_percent_of_errors_below_the_perturbation():
+    x = on_sphere(np.random.default_rng(0), 1_000_000, 2)
+    x_adv = x + np.array([0.0, 0.05])
+    x_adv /= np.linalg.norm(x_adv, axis=1, keepdims=True)
+    share = (np.linalg.norm(x_adv - x, axis=1) < 0.05).mean()
+    assert share == pytest.approx(0.983944, abs=5e-4)  # the figure printed in the paper's Figure 4
+
+
+@pytest.mark.parametrize("p", [5, 20, 100])
+def test_theorem_5_projection_shrinks_the_error_of_a_prediction(p):
+    rng = np.random.default_rng(1)
+    x, w = on_sphere(rng, 50_000, p), rng.standard_normal(p)
+    x_adv, projected = attacked(x, w, rng.standard_normal(len(x)), delta=1e-3)
+    error = ((x_adv @ w - x @ w) ** 2).mean()
+    assert ((projected @ w - x @ w) ** 2).mean() <= (p - 1) / p * error
+
+
+@pytest.mark.parametrize("p", [5, 20])
+def test_corollary_4_projection_reduces_the_bias_of_training_on_fgsm_examples(p):
+    rng = np.random.default_rng(2)
+    x, w = on_sphere(rng, 400_000, p), rng.standard_normal(p)
+    noise = 0.05 * rng.standard_normal(len(x))
+    x_adv, projected = attacked(x, w, noise, delta=0.02)
+    bias = [np.linalg.norm(np.linalg.lstsq(a, x @ w + noise, rcond=None)[0] - w) for a in (x_adv, projected)]
+    assert bias[1] < bias[0]
