@@ -737,9 +737,10 @@ class Run:
             return margin_ce(logits, y, self.model.scale)
 
         args, right_clean, right_adv = self.args, 0, 0
+        step_size = min(args.step_size, 2.5 * args.eps / args.steps)  # one-step methods train with a longer one
         for rows in torch.arange(len(self.y_val), device=args.device).split(args.batch_size):
             x, y = self.x_val[rows], self.y_val[rows]
-            x_adv = pgd(self.model, x, y, loss=loss, eps=args.eps, step_size=args.step_size, steps=args.steps)
+            x_adv = pgd(self.model, x, y, loss=loss, eps=args.eps, step_size=step_size, steps=args.steps)
             self.model.amp = False
             with attack_mode(self.model), torch.no_grad():
                 clean = self.model(x).argmax(1) == y

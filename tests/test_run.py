@@ -180,6 +180,15 @@ def test_eps_warms_up_linearly(cli, tmp_path, monkeypatch):
     assert held_out == [(0.2, 0.05)] * 8
 
 
+@pytest.mark.parametrize("step_size, held_out", [(0.125, 0.025), (0.02, 0.02)])
+def test_held_out_accuracy_is_under_steps_shorter_than_the_ball(cli, tmp_path, monkeypatch, step_size, held_out):
+    seen, original = [], common.pgd
+    monkeypatch.setattr(common, "pgd", lambda *args, **settings: seen.append(settings) or original(*args, **settings))
+    flags = ["--limit", "132", "--batch-size", "32", "--epochs", "1", "--steps", 10, "--out", tmp_path / "run"]
+    assert cli("train_fast_he", *flags, "--eps", 0.1, "--step-size", step_size)[0] == 0
+    assert [settings["step_size"] for settings in seen] == pytest.approx([held_out] * 4)  # FastAT itself calls no pgd
+
+
 def test_examples_are_crafted_in_eval_mode_and_trained_on_in_train_mode(cli, tmp_path, monkeypatch):
     modes = []
     original = models.Classifier.forward
