@@ -665,7 +665,9 @@ class Run:
         order = torch.randperm(len(self.y_train)).to(self.args.device)
         size = self.args.batch_size
         label = f"epoch {self.epoch}/{self.args.epochs}"
-        with tqdm(total=self.steps_an_epoch * size, desc=label, unit="img", leave=False, disable=None) as self.bar:
+        with tqdm(
+            total=self.steps_an_epoch * size, desc=label, unit="img", leave=False, disable=None, mininterval=0.3
+        ) as self.bar:
             for rows in order[: self.steps_an_epoch // self.replays * size].split(size):
                 x = crop_and_flip(self.x_train, rows, self.data.image_size) if self.augment else self.x_train[rows]
                 for _ in range(self.replays):
