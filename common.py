@@ -207,6 +207,8 @@ def _split(arrays: dict[str, np.ndarray], dataset: str, source: str, limit: int 
             raise UserError(
                 f"{source}: {key} holds the label {arrays[key].max()}, but {known} has {num_classes} classes"
             )
+    if num_classes < 2:
+        raise UserError(f"{source}: one class only, nothing to classify")
     order = np.random.default_rng(SPLIT_SEED).permutation(len(arrays["y_train"]))[:limit]
     held_out = max(100, len(order) // 50)
     if len(order) <= held_out:
@@ -318,16 +320,20 @@ class Parser(argparse.ArgumentParser):
 def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict] | None = None) -> Parser:
     """The flags of every training script, with the defaults for the --dataset in argv.
 
-    `overrides` maps a dataset to what the script's paper sets otherwise than TRAINING_DEFAULTS, its `source` among it.
+    `overrides` maps a dataset to what the script sets otherwise than TRAINING_DEFAULTS, and `source` says where that is
+    written; without a source it is ours.
     """
     parser = Parser(doc)
     known = known_dataset(parser.peek(argv, "--dataset", "digits"))
-    defaults = TRAINING_DEFAULTS[known] | (overrides or {}).get(known, {})
+    shared, overrides = TRAINING_DEFAULTS[known], (overrides or {}).get(known, {})
 
     def add(flag: str, text: str, **options: object) -> None:
         """A flag whose default depends on the dataset: --help shows the value in force and where it is written."""
-        default = defaults[flag[2:].replace("-", "_")]
-        parser.add_argument(flag, default=default, help=f"{text} (default: {default}; {defaults['source']})", **options)
+        key = flag[2:].replace("-", "_")
+        block = overrides if key in overrides else shared
+        default = block[key]
+        source = block.get("source", "ours")
+        parser.add_argument(flag, default=default, help=f"{text} (default: {default}; {source})", **options)
 
     flag, names = parser.add_argument, ", ".join(KNOWN)
     flag("--dataset", default="digits", metavar="NAME_OR_NPZ", help=f"{names}, or FILE.npz (default: digits)")
@@ -337,7 +343,8 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     add("--batch-size", "images a step", type=number(int, 2))
     add("--optimizer", "sgd has momentum 0.9", choices=("sgd", "adam"))
     add("--lr", "peak learning rate", type=number(float, 0))
-    add("--schedule", "multistep is x0.1 at 75 and 90 %% of the epochs", choices=tuple(SCHEDULES))
+    shapes = "x0.1 at 75 and 90 %% (multistep), at thirds, at 53 and 84 %% (late), x0.9 every 15 %% (gentle)"
+    add("--schedule", f"of the learning rate over the run: {shapes}", choices=tuple(SCHEDULES))
     add("--weight-decay", "L2 penalty on all parameters", type=number(float, 0))
     add("--eps", "Linf radius in pixel units", type=number(float, 0, 1))
     add("--step-size", "of the attack, in pixel units", type=number(float, 0, 1))
@@ -558,9 +565,9 @@ class Run:
     """What every training loop needs around it: device, batches, optimizer, schedule, log, checkpoints, resume.
 
     run.model is the model on the device; with `replays` each batch comes that many times in a row (FreeAT); `natural`
-    says that the loss sees no adversarial images. args.out receives args.json, log.csv, curves.png, last.pt and best.pt
-    (the epoch of the best held-out PGD accuracy, and then of the best clean one). On a CPU a resumed run ends bit for
-    bit where an uninterrupted one does.
+    says that the loss sees no adversarial images. args.out receives args.json, log.csv, curves.png, last.pt and
+    best.pt: the epoch of the best held-out PGD accuracy or, in natural training, of the best clean accuracy. On a CPU a
+    resumed run ends bit for bit where an uninterrupted one does.
     """
 
     def __init__(
@@ -655,8 +662,9 @@ class Run:
             yield self.epoch
         if not self.history:
             return
-        best = max(self.history, key=lambda row: (row["val_robust"], row["val_clean"]))
-        print(f"best held-out PGD accuracy {best['val_robust']:.2f} % in epoch {best['epoch']}; evaluate it with")
+        best = max(self.history, key=self._merit)
+        clean, robust = (f"{best[key]:.2f} %" for key in ("val_clean", "val_robust"))
+        print(f"best epoch {best['epoch']}: held-out clean {clean}, PGD-{self.args.steps} {robust}; evaluate it with")
         print(f"python eval_all.py {self.out}")
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -721,7 +729,7 @@ class Run:
             "images_per_s": count / seconds,
             "seconds": seconds,
         }
-        is_best = all((robust, clean) > (old["val_robust"], old["val_clean"]) for old in self.history)
+        is_best = all(self._merit(row) > self._merit(old) for old in self.history)
         self.history.append(row)
         self._save(is_best)
         print(
@@ -731,6 +739,11 @@ class Run:
             f"  lr {row['lr']:.2g}  {row['images_per_s']:.0f} img/s",
             flush=True,
         )
+
+    def _merit(self, row: dict) -> tuple[float, float]:
+        """What best.pt is the best in. PGD on a naturally trained network measures luck, or how well it masks."""
+        merit = row["val_robust"], row["val_clean"]
+        return merit[::-1] if self.trained_on == "clean" else merit
 
     def _held_out(self) -> tuple[float, float]:
         """Clean and PGD accuracy in %, in float32, on the held-out images, with the training attack's eps and steps."""
@@ -776,11 +789,13 @@ class Run:
 
     def annotate(self, key: str, measure: Callable[[models.Classifier], object]) -> None:
         """After training: write measure(model), plain data, into last.pt and best.pt, each with its own weights."""
-        for path in (self.out / "last.pt", self.out / "best.pt"):
+        for path in (self.out / "best.pt", self.out / "last.pt"):
             content = read_file(path)
             self.model.load_state_dict(content["model"])
+            self.model.amp = False
             with attack_mode(self.model), torch.no_grad():
                 content[key] = measure(self.model)
+            self.model.amp = self.args.amp
             write_atomically(path, lambda file, content=content: torch.save(content, file))
 
     def _write_log(self) -> None:

@@ -229,7 +229,8 @@ def survivors(
     torch.manual_seed(settings["seed"])  # so that no attack depends on which others ran before it
     budget = {"eps": settings["eps"]}
     if steps := steps_of(attack):
-        budget["step_size"] = settings["step_size"] or step_size(settings["known"], settings["eps"], steps)
+        chosen = settings["step_size"]
+        budget["step_size"] = step_size(settings["known"], settings["eps"], steps) if chosen is None else chosen
     restarts = settings["restarts"] if getattr(attack, "func", attack) in START_AT_RANDOM else 1
     right, faults = right.clone(), 0
     for _ in range(restarts):
@@ -381,6 +382,8 @@ def check_fit(name: str, model: nn.Module, data: common.Data, device: str) -> No
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < classes:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise common.UserError(f"{name} must return logits (B, {classes}); for 2 images it returned {got}")
+    if torch.finfo(logits.dtype).bits < 32:
+        raise common.UserError(f"{name} returns logits in {logits.dtype}, whose ties hide errors; return float32")
 
 
 # ---------------------------------------------------------------------------------------------------------- reports
@@ -533,11 +536,11 @@ def output_folder(args: argparse.Namespace, count: int) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    # Verdicts are in float32: no TF32 on CUDA, neither here nor in what a user's model switched on.
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
     attacks = named_attacks(args.attacks)
     found = load_models(args)
+    # Verdicts are in float32: no TF32 on CUDA, neither by default nor where a user's model switched it on.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     data = load_test_set(args, found)
     settings = {
         "dataset": data.name,

@@ -39,7 +39,7 @@ def cosine(z: Tensor, weight: Tensor) -> Tensor:
 SIGMOID_K = 0.5
 CORRELATIONS = {
     "cosine": lambda cos: cos,
-    "linear": lambda cos: 1 - 2 * arccos(cos) / math.pi,
+    "linear": lambda cos: 1 - arccos(cos) * (2 / math.pi),
     "sigmoid": lambda cos: ((math.pi / 2 - arccos(cos)) / (2 * SIGMOID_K)).tanh() / math.tanh(math.pi / 4 / SIGMOID_K),
     "quadratic": lambda cos: (1 - (1 - cos).square()).clamp(min=-1),
     "truncated": lambda cos: cos,  # times min(1, ||x||)
@@ -64,7 +64,7 @@ def correlate(product: Tensor, content: Tensor, correlation: str, manifold: str)
     """g from <w~, x> (B, K, ...) and the `patch_norm` of each x, (B, 1, ...)."""
     norm = (content + TINY).sqrt() if manifold == "sphere" else content + TINY**0.5
     length = norm.clamp(max=1) if correlation == "truncated" else 1
-    return CORRELATIONS[correlation](product * (length / norm).to(product.dtype))
+    return CORRELATIONS[correlation]((product * (length / norm)).clamp(-1, 1))
 
 
 class SphereConv2d(nn.Conv2d):
@@ -81,9 +81,11 @@ class SphereConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         product = F.conv2d(x, sphere_weight(self.weight, self.manifold), None, self.stride, self.padding)
-        ones = torch.ones_like(self.weight[:1, :1])
-        content = F.conv2d(patch_norm(x, self.manifold), ones, None, self.stride, self.padding)
-        return correlate(product, content, self.correlation, self.manifold)
+        with torch.autocast(x.device.type, enabled=False):  # near +-1 an angle needs more digits than bfloat16 has
+            content = patch_norm(x, self.manifold)
+            ones = content.new_ones(1, 1, *self.kernel_size)
+            content = F.conv2d(content, ones, None, self.stride, self.padding)
+            return correlate(product.to(content.dtype), content, self.correlation, self.manifold).to(product.dtype)
 
 
 class SphereLinear(nn.Linear):
@@ -95,7 +97,9 @@ class SphereLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         product = F.linear(x, sphere_weight(self.weight, self.manifold))
-        return correlate(product, patch_norm(x, self.manifold), self.correlation, self.manifold)
+        content = patch_norm(x, self.manifold)
+        g = correlate(product.to(content.dtype), content, self.correlation, self.manifold)
+        return g.to(product.dtype)
 
 
 class SphereHead(SphereLinear):
@@ -108,6 +112,12 @@ class SphereHead(SphereLinear):
     def forward(self, z: Tensor) -> Tensor:
         length = z.norm(dim=1, keepdim=True) if self.multiplier is None else self.multiplier.abs()
         return length * super().forward(z)
+
+
+def nearest_cosine(weight: Tensor) -> Tensor:
+    """max over j != i of <W~_i, W~_j>, (K,): how near each class's nearest other one is, for class weights (K, d)."""
+    gram = cosine(weight, weight)
+    return gram.masked_fill(torch.eye(len(gram), dtype=torch.bool, device=gram.device), -1.0).amax(1)
 
 
 class Normalize(nn.Module):
@@ -431,9 +441,13 @@ def build_model(
         raise ValueError(
             f"correlation {correlation!r} on {manifold!r}: {', '.join(CORRELATIONS)}, on sphere or simplex"
         )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
     if (correlation == "inner") == (head in ("sphere", "sphere_wm")):
         raise ValueError(f"head {head} and correlation {correlation} do not go together")
     model = make_backbone(arch, in_channels, image_size, correlation, manifold)
+    if correlation != "inner" and not isinstance(model, SphereCNN):
+        raise ValueError(f"arch {arch!r} has no sphere layers: choose dsphere_mnist or dsphere_cifar")
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

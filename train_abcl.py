@@ -18,14 +18,17 @@ cross-entropy on W z + b; ht-sce, the same on normalized features and weights, s
     python train_abcl.py --dataset cifar10 --adversarial       # on PGD examples of CE(s * cos)
 """
 
-import torch
-
 import common
 import models
 
 BASES = {"cosface": ("he", 5.0, 0.2), "sce": ("linear", 1.0, 0.0), "ht-sce": ("he", 5.0, 0.0)}  # head, s, m
 ALEXNET = dict(arch="alexnet", epochs=20, optimizer="adam", lr=1e-3, weight_decay=0.0, source="ours")
-OVERRIDES = {"mnist": ALEXNET | dict(epochs=5), "cifar10": ALEXNET | dict(epochs=60), "cifar100": ALEXNET}
+OVERRIDES = {
+    "mnist": ALEXNET | dict(epochs=5),
+    "cifar10": ALEXNET | dict(epochs=60),
+    "cifar100": ALEXNET,
+    None: ALEXNET,
+}
 
 
 def intra_class(cos, y):
@@ -35,9 +38,7 @@ def intra_class(cos, y):
 
 def inter_class(weight):
     """L_O: the mean over the classes of relu(nearest other class's cosine + 1 / (K - 1))^2, for weights (K, d)."""
-    gram = models.cosine(weight, weight)
-    nearest = gram.masked_fill(torch.eye(len(gram), dtype=torch.bool, device=gram.device), -1.0).amax(1)
-    return (nearest + 1 / (len(gram) - 1)).relu().square().mean()
+    return (models.nearest_cosine(weight) + 1 / (len(weight) - 1)).relu().square().mean()
 
 
 def parse_args(argv=None):
@@ -46,7 +47,7 @@ def parse_args(argv=None):
     _, scale, margin = BASES.get(base, BASES["cosface"])
     flag, number = parser.add_argument, common.number
     flag("--base", choices=BASES, default="cosface", help="L_B (default: cosface)")
-    flag("--scale", type=number(float, 0), default=scale, help=f"s of L_B (default: {scale:g}; Appendix C)")
+    flag("--scale", type=number(float, 0), default=scale, help=f"s of L_B (default: {scale:g})")
     flag("--margin", type=number(float, 0), default=margin, help=f"m of L_B (default: {margin:g}; ours)")
     flag("--k1", type=number(float, 0), default=512.0, help="of L_I (default: 512; Appendix B)")
     flag("--k2", type=number(float, 0), default=64.0, help="of L_O (default: 64; Appendix B)")

@@ -5,10 +5,11 @@ Paper: Pang et al., "Boosting Adversarial Training with Hypersphere Embedding", 
     x* = argmax of CE(s * f(x'), y) over the eps ball,  by PGD                                      (Eq. 3)
     minimize alpha * CE_m(f(x), y) + (1 - alpha) * CE_m(f(x*), y) + lambda * distance(f(x), f(x*))
 
-CE_m(f, y) = CE(s * (f - m * onehot(y)), y) (Eq. 6). f = cos(theta) for --head he (Eq. 5), -theta for mhe (Sec. 3.5),
-W z + b for linear (s 1, m 0: Kannan et al. 2018). The distance is the mean squared error between the two logit vectors,
-as in the authors' code (the paper writes an unsquared norm). Examples are crafted in eval mode and trained on in train
-mode.
+CE_m(f, y) = CE(s * (f - m * onehot(y)), y) (Eq. 6). The distance is the mean squared error between the two logit
+vectors, as in the authors' code (the paper writes an unsquared norm).
+
+f = cos(theta) for --head he (Eq. 5), -theta for mhe (Sec. 3.5), W z + b for linear (s 1, m 0: Kannan et al. 2018).
+The margin m is in the training loss only. Examples are crafted in eval mode and trained on in train mode.
 
 Not as in the authors' code: it starts PGD from x + 0.001 * normal noise, this from a uniform point of the ball (their
 Sec. B.2); it overwrites W by W / ||W|| in each pass, this differentiates through the normalization (Eq. 4).
@@ -38,10 +39,9 @@ def alp(logits, logits_adv, y, args):
 def parse_args(argv=None):
     parser = common.training_parser(__doc__, argv)
     common.add_head_flags(parser, argv, MARGIN, "HE, Sec. 4 and C.5")
-    share = common.number(float, 0, 1)
-    parser.add_argument("--alpha", type=share, default=0.5, help="share of the clean images (default: 0.5)")
-    weight = common.number(float, 0)
-    parser.add_argument("--pairing", type=weight, default=0.5, help="lambda of the distance (default: 0.5; Sec. 4)")
+    flag, number = parser.add_argument, common.number
+    flag("--alpha", type=number(float, 0, 1), default=0.5, help="share of the clean images (default: 0.5)")
+    flag("--pairing", type=number(float, 0), default=0.5, help="lambda of the distance (default: 0.5; Sec. 4)")
     args = parser.parse_args(argv)
     return common.finish_args(args, METHOD[args.head])
 

@@ -6,8 +6,8 @@ method of Wong et al. 2020: one step from a random start, and a cyclic learning 
     x' = x + uniform(-eps, eps);  x* = clip(x' + step_size * sign(gradient of CE(s * f(x'), y)), x - eps, x + eps)
     minimize CE(s * (f(x*) - m * onehot(y)), y)                                                     (Eq. 6)
 
-f = cos(theta) for --head he (Eq. 5), -theta for mhe (Sec. 3.5), W z + b for linear (s 1, m 0). The step, 1.25 * eps
-(10/255 on CIFAR-10), is longer than the radius. Both passes are in train mode, as in the code of Wong et al.
+f = cos(theta) for --head he (Eq. 5), -theta for mhe (Sec. 3.5), W z + b for linear (s 1, m 0). The step is longer than
+the radius: 10/255 for 8/255. Both passes are in train mode, as in the code of Wong et al.
 
     python train_fast_he.py                                    # HE on the bundled digits
     python train_fast_he.py --dataset mnist --head linear      # plain FastAT
@@ -30,6 +30,7 @@ OVERRIDES = {
     "mnist": dict(epochs=10, lr=5e-3, step_size="0.375", schedule="cyclic"),
     "cifar10": CIFAR | dict(source="HE, Table 3; FastAT's code"),
     "cifar100": CIFAR | dict(source="HE, Table 3; FastAT's code"),
+    None: CIFAR | dict(source="as for CIFAR-10"),
 }
 
 

@@ -32,13 +32,14 @@ OVERRIDES = {
     "mnist": dict(epochs=4, step_size="0.3"),
     "cifar10": CIFAR | dict(source="HE, Table 3; FastAT's code"),
     "cifar100": CIFAR | dict(source="HE, Table 3; FastAT's code"),
+    None: CIFAR | dict(source="as for CIFAR-10"),
 }
 
 
 def parse_args(argv=None):
     parser = common.training_parser(__doc__, argv, OVERRIDES)
     common.add_head_flags(parser, argv, MARGIN, "HE, Sec. 4 and C.5")
-    parser.add_argument("--replays", type=common.number(int, 1), default=8, help="m (default: 8; HE, Table 3)")
+    parser.add_argument("--replays", type=common.number(int, 1), default=8, help="m (default: 8; FastAT's code)")
     args = parser.parse_args(argv)
     return common.finish_args(args, METHOD[args.head])
 

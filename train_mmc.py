@@ -22,6 +22,7 @@ OVERRIDES = {
     "mnist": dict(epochs=20),
     "cifar10": dict(arch="resnet32", epochs=200, lr=0.01, weight_decay=1e-4, source="MMC, Sec. 4; schedule ours"),
     "cifar100": dict(arch="resnet32", epochs=200, lr=0.01, weight_decay=1e-4, source="MMC, Sec. 4; schedule ours"),
+    None: dict(arch="resnet32", epochs=200, lr=0.01, weight_decay=1e-4, source="as for CIFAR-10"),
 }
 
 

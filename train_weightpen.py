@@ -11,6 +11,7 @@ activation is the network's last one before the classifier (Sec. 3.2); in a Wide
     python train_weightpen.py                                  # on the bundled digits
     python train_weightpen.py --dataset mnist --activation relu     # the ablation of Sec. 4.3
     python train_weightpen.py --dataset cifar10                # WRN-34-10 with the paper's settings
+    python train_weightpen.py --dataset cifar10 --arch small_cnn --schedule constant    # Table 5
 
 The paper, clean / PGD: MNIST, small network, 99.39 / 81.90 (PGD-40); CIFAR-10, WRN-34-10, 94.10 / 78.40 (PGD-20).
 A defense without adversarial examples that holds against PGD is what gradient masking looks like: eval_all.py tells.
@@ -29,14 +30,14 @@ OVERRIDES = {
     "mnist": SMALL,
     "cifar10": LARGE | dict(arch="wrn-34-10"),
     "cifar100": LARGE | dict(arch="wrn-34-10"),
+    None: LARGE | dict(arch="wrn-34-10", source="as for CIFAR-10"),
 }
 
 
 def simplex_penalty(weight, s, norm):
     """||W W^T - Sigma|| (Eq. 3.7) for W (K, d), in the Frobenius or the spectral norm."""
     k = len(weight)
-    sigma = s**2 / (1 - k) * torch.ones_like(weight[:, :1]) * torch.ones_like(weight[:, 0])
-    sigma = sigma.fill_diagonal_(s**2)
+    sigma = weight.new_full((k, k), s**2 / (1 - k)).fill_diagonal_(s**2)
     return torch.linalg.matrix_norm(weight @ weight.T - sigma, ord={"frobenius": "fro", "spectral": 2}[norm])
 
 

@@ -1,5 +1,6 @@
 """Wrong input, each answered by one line and exit code 2, through the same path that a user takes."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import train_pgd_he
 import train_trades_he
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train_pgd_he", "train_trades_he", "train_angular_at", "train_alp_he", "train_free_he", "train_fast_he")
+WITH_HEADS = ("train_pgd_he", "train_trades_he", "train_angular_at", "train_alp_he", "train_free_he", "train_fast_he")
+SCRIPTS = (*WITH_HEADS, "train_mart", "train_mmc", "train_weightpen", "train_abcl", "train_dsphere")
 
 BAD_FLAGS = {
     "unknown dataset 'nope'": ["--dataset", "nope"],
@@ -33,13 +35,11 @@ BAD_FLAGS = {
     "argument --steps: '2.5' is not a whole number": ["--steps", "2.5"],
     "argument --epochs: 0 is out of range": ["--epochs", "0"],
     "is out of range: between 1 and 1e+09": ["--epochs", "1" + "0" * 400],
-    "argument --head: invalid choice: 'cosine'": ["--head", "cosine"],
     "argument --device: 'tpu' is not to be had": ["--device", "tpu"],
     "argument --device: 'meta' is not to be had": ["--device", "meta"],
     "unrecognized arguments: --epss": ["--epss", "0.1"],
     "unknown arch 'vgg'": ["--arch", "vgg"],
     "depth of wrn-D-W": ["--arch", "wrn-12-1"],
-    "head he alone": ["--head", "mhe", "--no-fn"],
     "--batch-size 5000": ["--batch-size", "5000"],
     "90 training images are too few": ["--limit", "90"],
     "expected one argument": ["--dataset"],
@@ -51,6 +51,29 @@ BAD_FLAGS = {
 def test_a_bad_flag_is_one_line(refused, script, complaint):
     line = refused(script, *BAD_FLAGS[complaint])
     assert complaint in line and line.startswith(f"{script}.py: error: ")
+
+
+@pytest.mark.parametrize("script", WITH_HEADS)
+def test_a_head_without_meaning_is_one_line(refused, script):
+    assert "argument --head: invalid choice: 'cosine'" in refused(script, "--head", "cosine")
+    assert "head he alone" in refused(script, "--head", "mhe", "--no-fn")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("name, shape", [
+    ("digits", (8, 8)), ("mnist", (28, 28)), ("cifar10", (32, 32, 3)), ("cifar100", (32, 32, 3)), ("mine", (32, 32, 3)),
+])  # fmt: skip
+def test_every_scripts_defaults_begin_a_run_on_every_dataset(make_npz, monkeypatch, tmp_path, script, name, shape):
+    class Begun(Exception):
+        pass
+
+    def begin(self, args, model, data, **options):
+        assert args.epochs and model.options["arch"] == args.arch
+        raise Begun
+
+    monkeypatch.setattr(common.Run, "__init__", begin)
+    with pytest.raises(Begun):
+        importlib.import_module(script).main(["--dataset", str(make_npz(name, shape=shape)), "--out", str(tmp_path)])
 
 
 def test_out_that_cannot_be_made_is_one_line(refused, tmp_path):
@@ -194,7 +217,7 @@ def test_help_shows_the_defaults_in_force_and_their_source(cli, dataset, source)
     text = " ".join(out.split())
     for flag in ("arch", "epochs", "lr", "weight_decay", "steps"):
         usage = text.index(f" --{flag.replace('_', '-')} {flag.upper()} ", text.index("options:"))
-        assert f"(default: {expected[flag]}; {source})" in text[usage : usage + 150]
+        assert f"(default: {expected[flag]}; {source})" in text[usage : usage + 220]
     assert "(default: 0.1; HE, Sec. 4 and C.5)" in text
 
 

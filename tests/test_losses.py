@@ -185,14 +185,12 @@ def simplex(k, d):
 def test_the_simplex_penalty_is_its_formula_and_vanishes_on_the_simplex(batch, norm):
     _, weight, _ = batch
     s = 0.3
-    gap = torch.tensor(
-        [
-            [float(a @ b) - (s**2 if i == j else s**2 / (1 - K)) for j, b in enumerate(weight)]
-            for i, a in enumerate(weight)
-        ]
-    )
+    rows = [[float(a @ b) - s**2 / (1 - K) for b in weight.unbind()] for a in weight.unbind()]
+    for i in range(K):
+        rows[i][i] = float(weight[i] @ weight[i]) - s**2
+    gap = torch.tensor(rows, dtype=torch.float64)
     expected = gap.square().sum().sqrt() if norm == "frobenius" else torch.linalg.eigvalsh(gap).abs().max()
-    assert train_weightpen.simplex_penalty(weight, s, norm).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert train_weightpen.simplex_penalty(weight, s, norm).item() == pytest.approx(expected.item(), rel=1e-12)
     assert train_weightpen.simplex_penalty(s * simplex(K, D), s, norm).item() < 1e-12
     penalty = lambda w: train_weightpen.simplex_penalty(w, s, norm)  # noqa: E731
     assert torch.autograd.gradcheck(penalty, weight.clone().requires_grad_())
