@@ -678,8 +678,9 @@ class Run:
         ) as self.bar:
             for rows in order[: self.steps_an_epoch // self.replays * size].split(size):
                 x = crop_and_flip(self.x_train, rows, self.data.image_size) if self.augment else self.x_train[rows]
+                x, y = to_float(x), self.y_train[rows]
                 for _ in range(self.replays):
-                    yield to_float(x), self.y_train[rows]
+                    yield x, y
                     self._show(size)
 
     def _show(self, images: int) -> None:

@@ -53,15 +53,16 @@ def sphere_weight(weight: Tensor, manifold: str) -> Tensor:
     return flat.view_as(weight)
 
 
-def patch_norm(x: Tensor, manifold: str) -> Tensor:
-    """||x||^2 on the sphere, ||x||_1 on the simplex, over the channels, (B, 1, ...), in at least float32."""
+def channel_sum(x: Tensor, manifold: str) -> Tensor:
+    """The sum over the channels of x^2 on the sphere, of |x| on the simplex, (B, 1, ...), in at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    power = torch.linalg.vector_norm(x, ord=2 if manifold == "sphere" else 1, dim=1, keepdim=True)
-    return power.square() if manifold == "sphere" else power
+    if manifold == "simplex":
+        return x.abs().sum(1, keepdim=True)
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True).square()  # one pass, no copy of x^2
 
 
 def correlate(product: Tensor, content: Tensor, correlation: str, manifold: str) -> Tensor:
-    """g from <w~, x> (B, K, ...) and the `patch_norm` of each x, (B, 1, ...)."""
+    """g from <w~, x> (B, K, ...) and the `channel_sum` over each x, (B, 1, ...)."""
     norm = (content + TINY).sqrt() if manifold == "sphere" else content + TINY**0.5
     length = norm.clamp(max=1) if correlation == "truncated" else 1
     return CORRELATIONS[correlation]((product * (length / norm)).clamp(-1, 1))
@@ -82,7 +83,7 @@ class SphereConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         product = F.conv2d(x, sphere_weight(self.weight, self.manifold), None, self.stride, self.padding)
         with torch.autocast(x.device.type, enabled=False):  # near +-1 an angle needs more digits than bfloat16 has
-            content = patch_norm(x, self.manifold)
+            content = channel_sum(x, self.manifold)
             ones = content.new_ones(1, 1, *self.kernel_size)
             content = F.conv2d(content, ones, None, self.stride, self.padding)
             return correlate(product.to(content.dtype), content, self.correlation, self.manifold).to(product.dtype)
@@ -97,7 +98,7 @@ class SphereLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         product = F.linear(x, sphere_weight(self.weight, self.manifold))
-        content = patch_norm(x, self.manifold)
+        content = channel_sum(x, self.manifold)
         g = correlate(product.to(content.dtype), content, self.correlation, self.manifold)
         return g.to(product.dtype)
 

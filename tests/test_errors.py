@@ -166,6 +166,8 @@ def test_a_file_that_is_no_good_checkpoint_is_one_line(refused, checkpoint, tmp_
     (["--model", "user.py:identity", "--dataset", "digits"], "must return logits (B, 10)"),
     (["--model", "user.py:convolution", "--dataset", "digits"], "fails on images (1, 8, 8)"),
     (["--model", "user.py:identity"], "which dataset?"),
+    (["--model", "user.py:votes", "--dataset", "digits"], "returns logits in torch.int64"),
+    (["--model", "user.py:halves", "--dataset", "digits"], "returns logits in torch.bfloat16"),
 ])  # fmt: skip
 def test_eval_all_answers_bad_input_in_one_line(refused, checkpoint, tmp_path, arguments, complaint):
     (tmp_path / "user.py").write_text(
@@ -174,6 +176,14 @@ def test_eval_all_answers_bad_input_in_one_line(refused, checkpoint, tmp_path, a
         "number = lambda: 3\n"
         "identity = torch.nn.Identity\n"
         "convolution = lambda: torch.nn.Conv2d(3, 10, 3)\n"
+        "class Cast(torch.nn.Module):\n"
+        "    def __init__(self, dtype):\n"
+        "        super().__init__()\n"
+        "        self.dtype = dtype\n"
+        "    def forward(self, x):\n"
+        "        return x.flatten(1)[:, :10].to(self.dtype)\n"
+        "votes = lambda: Cast(torch.int64)\n"
+        "halves = lambda: Cast(torch.bfloat16)\n"
     )
     assert complaint in refused("eval_all", *[checkpoint if word == "GOOD" else word for word in arguments])
 
