@@ -7,12 +7,13 @@ run.batches().
 
 import argparse
 import csv
+import ctypes
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import models
 
 # ---------------------------------------------------------------------------------------------------------- errors
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 class UserError(Exception):
@@ -35,6 +40,7 @@ class UserError(Exception):
 
 def cli(main: Callable[[], None]) -> None:
     """Run a script's main(); a UserError or a fault of the file system becomes one line and exit code 2, Ctrl-C 130."""
+    keep_freed_memory()
     try:
         main()
     except UserError as error:
@@ -45,6 +51,18 @@ def cli(main: Callable[[], None]) -> None:
         sys.exit(_complain("interrupted (a training script goes on after its last whole epoch with --resume)", 130))
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what tensors free for the next ones, and not to ask the kernel for cleared pages each time.
+
+    Every large activation otherwise faults in all its pages anew, which took a third of a training step on a CPU.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # no other C library has it
+        if mallopt:
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)
+
+
 def _complain(message: object, code: int) -> int:
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     return code
@@ -52,24 +70,93 @@ def _complain(message: object, code: int) -> int:
 
 # ------------------------------------------------------------------------------------------------------------ data
 
-KNOWN = ("digits", "mnist", "cifar10", "cifar100")
+STREAMED = ("tiny-imagenet", "imagenet")  # too large to be held in memory
+KNOWN = ("digits", "mnist", "cifar10", "cifar100", *STREAMED)
 CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}
 TORCHVISION = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 MOST_CLASSES = 100_000  # a label beyond is taken for a fault in the file
 SPLIT_SEED = 0  # the held-out images, the digits test split and a --limit subset are the same for every --seed
 
 
+class ImageFiles:
+    """RGB images in files, read when they are asked for: to index it gives uint8 (B, 3, H, W), as its tensor would.
+
+    `train_view` and `test_view` are torchvision transforms from a PIL image to a uint8 tensor (3, H, W).
+    """
+
+    def __init__(self, files: list[str], size: int, train_view: Callable, test_view: Callable):
+        self.files = np.array([os.fsencode(file) for file in files])  # workers share it: a list would be copied
+        self.size, self.train_view, self.test_view = size, train_view, test_view
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self), 3, self.size, self.size
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        return torch.cat(list(self.read(torch.arange(len(self))[rows].split(100))))
+
+    def subset(self, rows: np.ndarray) -> "ImageFiles":
+        return ImageFiles([os.fsdecode(file) for file in self.files[rows]], self.size, self.train_view, self.test_view)
+
+    def read(
+        self, batches: Sequence[Tensor], draws: Sequence[Tensor] | None = None, workers: int | None = None
+    ) -> Iterator[Tensor]:
+        """The images of each batch of rows (B,), read ahead by worker processes (default: one a core).
+
+        `draws`, a random number for each row, ask for the training view: it follows from the number alone, not from
+        the worker or the order. Raises UserError naming an image that cannot be read.
+        """
+        draws = draws or [torch.full_like(rows, -1) for rows in batches]
+        keys = [list(zip(rows.tolist(), draw.tolist(), strict=True)) for rows, draw in zip(batches, draws, strict=True)]
+        workers = min(os.cpu_count() or 1, len(keys)) if workers is None else workers
+        pin = torch.cuda.is_available()
+        loader = DataLoader(
+            _Views(self), batch_sampler=keys, num_workers=workers, collate_fn=_stack_or_fault, pin_memory=pin
+        )
+        for images in loader:
+            if isinstance(images, str):
+                raise UserError(images)
+            yield images
+
+
+class _Views(Dataset):
+    """What a worker does with a key (row, draw): one image, or a line that says what is wrong with its file."""
+
+    def __init__(self, images: ImageFiles):
+        self.images = images
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor | str:
+        row, draw = key
+        path = os.fsdecode(self.images.files[row])
+        try:
+            image = _torchvision().datasets.folder.pil_loader(path)
+        except Exception as error:  # Pillow raises nearly anything on a damaged file
+            return f"{path}: not a readable image ({error})"
+        if draw < 0:
+            return self.images.test_view(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(draw)
+            return self.images.train_view(image)
+
+
+def _stack_or_fault(images: list[Tensor | str]) -> Tensor | str:
+    return next((fault for fault in images if isinstance(fault, str)), None) or torch.stack(images)
+
+
 @dataclass
 class Data:
-    """A dataset as uint8 images (N, C, H, W) and int64 labels (N,). `val` is held out of the training images."""
+    """A dataset: uint8 images (N, C, H, W) and int64 labels (N,). `val` is held out of the training images."""
 
     name: str  # what results are reported under: a known name, or the stem of the file
     known: str | None  # the known dataset whose defaults apply, if any
-    x_train: Tensor
+    x_train: Tensor | ImageFiles
     y_train: Tensor
-    x_val: Tensor
+    x_val: Tensor | ImageFiles
     y_val: Tensor
-    x_test: Tensor
+    x_test: Tensor | ImageFiles
     y_test: Tensor
     num_classes: int
     source: str  # where it was read from
@@ -83,7 +170,12 @@ class Data:
         return self.x_test.shape[2]
 
     def statistics(self) -> dict[str, list[float]]:
-        """mean and std per channel of the training images, in [0, 1], for the model's first layer."""
+        """mean and std per channel of the training images, in [0, 1], for the model's first layer.
+
+        Images in files are not all read for that: they get the figures in common use for ImageNet.
+        """
+        if isinstance(self.x_train, ImageFiles):
+            return {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
         counts = [torch.bincount(self.x_train[:, c].flatten(), minlength=256).double() for c in range(self.in_channels)]
         values = torch.arange(256).double() / 255
         means = [float(n @ values / n.sum()) for n in counts]
@@ -97,21 +189,14 @@ def known_dataset(name: str) -> str | None:
     return max((known for known in KNOWN if stem.startswith(known)), key=len, default=None)
 
 
-def import_torchvision() -> ModuleType:
-    """torchvision, also where its C++ operators do not load beside this torch: datasets need none of them."""
+def _torchvision() -> ModuleType:
     try:
-        import torchvision
+        models.import_torchvision()
+        import torchvision.transforms.v2
+
+        return torchvision
     except ImportError:
         raise UserError("this dataset needs torchvision: pip install torchvision, or give a FILE.npz") from None
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-        for operator in ("nms", "qnms"):
-            torch.library.define(
-                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
-        import torchvision
-    return torchvision
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -165,7 +250,7 @@ def digits_arrays() -> dict[str, np.ndarray]:
 
 def torchvision_arrays(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     """A dataset of torchvision's, downloaded into data_dir where it is not there yet."""
-    dataset = getattr(import_torchvision().datasets, TORCHVISION[name])
+    dataset = getattr(_torchvision().datasets, TORCHVISION[name])
     arrays = {}
     for split in ("train", "test"):
         try:
@@ -180,8 +265,57 @@ def torchvision_arrays(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def image_folder(folder: Path) -> "torchvision.datasets.ImageFolder":
+    """torchvision's listing of FOLDER/CLASS/...: `samples`, pairs of a file and its class, and `classes`, sorted."""
+    try:
+        return _torchvision().datasets.ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: not a folder of one folder of images for each class ({error})") from None
+
+
+def tiny_imagenet_files(root: Path) -> dict[str, ImageFiles | np.ndarray]:
+    """Tiny-ImageNet as published: train/WNID/images/*.JPEG and, as test images, val/ with its val_annotations.txt."""
+    train, annotations = image_folder(root / "train"), root / "val" / "val_annotations.txt"
+    label_of = {wnid: label for label, wnid in enumerate(train.classes)}
+    test = []
+    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+        name, wnid, *_ = [*line.split("\t"), ""]
+        if wnid not in label_of:
+            raise UserError(f"{annotations}, line {number}: {line[:60]!r} names no class that train/ has")
+        test.append((str(annotations.parent / "images" / name), label_of[wnid]))
+    v2 = _torchvision().transforms.v2
+    shift = [v2.RandomCrop(64, padding=4), v2.RandomHorizontalFlip()]
+    return _files_and_labels(train.samples, test, 64, shift, [])
+
+
+def imagenet_files(root: Path) -> dict[str, ImageFiles | np.ndarray]:
+    """ImageNet as torchvision unpacks it: train/WNID/*.JPEG and, as test images, val/WNID/*.JPEG; 224 pixels."""
+    train, test = image_folder(root / "train"), image_folder(root / "val")
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise UserError(f"{root}: train/ and val/ differ in their classes, {odd[0]} and {len(odd) - 1} others")
+    v2 = _torchvision().transforms.v2
+    crop = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
+    return _files_and_labels(train.samples, test.samples, 224, crop, [v2.Resize(256), v2.CenterCrop(224)])
+
+
+def _files_and_labels(
+    train: list[tuple[str, int]], test: list[tuple[str, int]], size: int, train_view: list, test_view: list
+) -> dict[str, ImageFiles | np.ndarray]:
+    v2 = _torchvision().transforms.v2
+    views = [v2.Compose([*view, v2.PILToTensor()]) for view in (train_view, test_view)]
+    arrays = {}
+    for split, samples in (("train", train), ("test", test)):
+        if not samples:
+            raise UserError(f"no {split} images were found")
+        files, labels = zip(*samples, strict=True)
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = ImageFiles(files, size, *views), np.array(labels)
+    return arrays
+
+
 def load_data(dataset: str, data_dir: str = "data", limit: int | None = None) -> Data:
-    """Read a dataset: a FILE.npz, DATA_DIR/NAME.npz, the built-in digits, or torchvision's NAME, in that order.
+    """Read a dataset: a FILE.npz, DATA_DIR/NAME.npz, the built-in digits, torchvision's NAME, or the folder of images
+    DATA_DIR/imagenet or DATA_DIR/tiny-imagenet-200.
 
     2 % of the training images, at least 100, are held out by a fixed seed; `limit` keeps that many training images
     before the split. Raises UserError for an unknown name, an unreadable file, or labels beyond the name's classes.
@@ -194,6 +328,13 @@ def load_data(dataset: str, data_dir: str = "data", limit: int | None = None) ->
         arrays, source = digits_arrays(), "scikit-learn"
     elif dataset in TORCHVISION:
         arrays, source = torchvision_arrays(dataset, Path(data_dir)), f"torchvision, {data_dir}"
+    elif dataset in STREAMED:
+        read, folder = {
+            "imagenet": (imagenet_files, "imagenet"),
+            "tiny-imagenet": (tiny_imagenet_files, "tiny-imagenet-200"),
+        }[dataset]
+        source = str(Path(data_dir) / folder)
+        arrays = read(Path(source))
     else:
         raise UserError(f"unknown dataset {dataset!r}: choose {', '.join(KNOWN)} or a FILE.npz (no {named} either)")
     return _split(arrays, dataset, source, limit)
@@ -216,13 +357,15 @@ def _split(arrays: dict[str, np.ndarray], dataset: str, source: str, limit: int 
     splits = {}
     for split, rows in (("val", order[:held_out]), ("train", order[held_out:]), ("test", slice(None))):
         kind = "test" if split == "test" else "train"
-        splits[f"x_{split}"] = _to_nchw(arrays[f"x_{kind}"][rows])
+        splits[f"x_{split}"] = _images(arrays[f"x_{kind}"], rows)
         splits[f"y_{split}"] = torch.from_numpy(arrays[f"y_{kind}"][rows].astype(np.int64))
     return Data(Path(dataset).name.removesuffix(".npz"), known, **splits, num_classes=num_classes, source=source)
 
 
-def _to_nchw(x: np.ndarray) -> Tensor:
-    x = torch.from_numpy(np.ascontiguousarray(x))
+def _images(x: np.ndarray | ImageFiles, rows: np.ndarray | slice) -> Tensor | ImageFiles:
+    if isinstance(x, ImageFiles):
+        return x.subset(rows)
+    x = torch.from_numpy(np.ascontiguousarray(x[rows]))
     return x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
 
 
@@ -257,6 +400,11 @@ TRAINING_DEFAULTS = {
     | dict(arch="wrn-34-10", lr=0.1, weight_decay=2e-4, eps="8/255", step_size="2/255", source="HE, Sec. 4"),
     "cifar100": _LARGE
     | dict(arch="resnet18", lr=0.01, weight_decay=3.5e-3, eps="0.031", step_size="0.007", source="Angular-AT, Sec. 5"),
+    "tiny-imagenet": _LARGE
+    | dict(arch="resnet18", lr=0.01, weight_decay=3.5e-3, eps="0.031", step_size="0.007", source="Angular-AT, Sec. 5"),
+    "imagenet": _LARGE
+    | dict(arch="resnet50", epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4, schedule="thirds")
+    | dict(eps="4/255", step_size="1/255", source="HE, Sec. 4, and its code for ImageNet"),
     None: _LARGE | dict(arch="resnet18", lr=0.1, weight_decay=5e-4, eps="8/255", step_size="2/255", source="ours"),
 }
 
@@ -321,11 +469,12 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     """The flags of every training script, with the defaults for the --dataset in argv.
 
     `overrides` maps a dataset to what the script sets otherwise than TRAINING_DEFAULTS, and `source` says where that is
-    written; without a source it is ours.
+    written; without a source it is ours. Its key None is for files of no known name and for images in folders.
     """
-    parser = Parser(doc)
-    known = known_dataset(parser.peek(argv, "--dataset", "digits"))
-    shared, overrides = TRAINING_DEFAULTS[known], (overrides or {}).get(known, {})
+    parser, overrides = Parser(doc), overrides or {}
+    known = parser.known = known_dataset(parser.peek(argv, "--dataset", "digits"))
+    shared = TRAINING_DEFAULTS[known]
+    overrides = overrides.get(None if known in STREAMED and known not in overrides else known, {})
 
     def add(flag: str, text: str, **options: object) -> None:
         """A flag whose default depends on the dataset: --help shows the value in force and where it is written."""
@@ -359,6 +508,7 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     flag("--out", help="where the run is written (default: runs/METHOD-DATASET-sSEED)")
     flag("--resume", action="store_true", help="go on from OUT/last.pt, if there is one")
     flag("--limit", type=number(int, 1), metavar="N", help="train on N images only, for a quick try")
+    flag("--workers", type=number(int, 0, 256), help="processes that read images from folders (default: one a core)")
     flag("--device", type=device_flag, default=default_device(), help="(default: %(default)s)")
     on_off = argparse.BooleanOptionalAction
     native = "on" if computes_bf16(default_device()) else "off"
@@ -367,10 +517,12 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     return parser
 
 
-def add_head_flags(parser: Parser, argv: list[str] | None, margins: dict[str, float], source: str) -> None:
+def add_head_flags(
+    parser: Parser, argv: list[str] | None, margins: dict[str, float], source: str, scale: float = 15.0
+) -> None:
     """--head, --fn, --wn, --scale and --margin, their defaults by the head in argv; `margins` maps head to m."""
     head = parser.peek(argv, "--head", "he")
-    scale, margin = 1.0 if head == "linear" else 15.0, margins.get(head, 0.0)
+    scale, margin = 1.0 if head == "linear" else scale, margins.get(head, 0.0)
     on_off = argparse.BooleanOptionalAction
     flag = parser.add_argument_group("head").add_argument
     flag("--head", default="he", choices=("linear", "he", "mhe"), help="W z + b, cos(theta) or -theta (default: he)")
@@ -548,7 +700,16 @@ SCHEDULES = {  # lr / --lr as a function of the share of the run that is done, i
     "late": lambda done: 0.1 ** ((done >= 34 / 64) + (done >= 54 / 64)),  # at 34 k and 54 k of 64 k iterations
     "constant": lambda done: 1.0,
 }
-MAY_CHANGE = ("epochs", "resume", "out", "data_dir", "device", "amp", "compile")  # between a run and its --resume
+MAY_CHANGE = (
+    "epochs",
+    "resume",
+    "out",
+    "data_dir",
+    "workers",
+    "device",
+    "amp",
+    "compile",
+)  # between a run and its --resume
 
 
 def build_model(args: argparse.Namespace, data: Data, **options: object) -> models.Classifier:
@@ -650,10 +811,22 @@ class Run:
     def _to_device(self) -> None:
         """Small images live on the device as uint8; CIFAR's are padded once, and cropped and flipped batch by batch."""
         data, device = self.data, self.args.device
+        self.y_train, self.y_val = data.y_train.to(device), data.y_val.to(device)
+        self.x_train, self.x_val = data.x_train, data.x_val
         self.augment = bool(data.known and data.known.startswith("cifar"))
-        self.x_train = (F.pad(data.x_train, [4] * 4) if self.augment else data.x_train).to(device)
-        self.y_train = data.y_train.to(device)
-        self.x_val, self.y_val = to_float(data.x_val.to(device)), data.y_val.to(device)
+        if isinstance(data.x_train, Tensor):
+            self.x_train = (F.pad(data.x_train, [4] * 4) if self.augment else data.x_train).to(device)
+            self.x_val = data.x_val.to(device)
+
+    def _training_images(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """For each batch of rows the uint8 images, augmented: gathered on the device, or read from files."""
+        if isinstance(self.x_train, ImageFiles):
+            draws = [torch.randint(2**62, rows.shape) for rows in batches]
+            yield from self.x_train.read(batches, draws, self.args.workers)
+            return
+        for rows in batches:
+            rows = rows.to(self.args.device)
+            yield crop_and_flip(self.x_train, rows, self.data.image_size) if self.augment else self.x_train[rows]
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to do, counted from 1."""
@@ -670,15 +843,15 @@ class Run:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch of shuffled x (B, C, H, W) in [0, 1] and y (B,) on the device; a last, smaller batch is dropped."""
         self.totals, self.started = torch.zeros(3, device=self.args.device), time.perf_counter()
-        order = torch.randperm(len(self.y_train)).to(self.args.device)
         size = self.args.batch_size
+        order = torch.randperm(len(self.y_train))[: self.steps_an_epoch // self.replays * size].split(size)
         label = f"epoch {self.epoch}/{self.args.epochs}"
         with tqdm(
             total=self.steps_an_epoch * size, desc=label, unit="img", leave=False, disable=None, mininterval=0.3
         ) as self.bar:
-            for rows in order[: self.steps_an_epoch // self.replays * size].split(size):
-                x = crop_and_flip(self.x_train, rows, self.data.image_size) if self.augment else self.x_train[rows]
-                x, y = to_float(x), self.y_train[rows]
+            for rows, x in zip(order, self._training_images(order), strict=True):
+                x = to_float(x.to(self.args.device, non_blocking=True))
+                y = self.y_train[rows.to(self.args.device)]
                 for _ in range(self.replays):
                     yield x, y
                     self._show(size)
@@ -754,8 +927,8 @@ class Run:
 
         args, right_clean, right_adv = self.args, 0, 0
         step_size = min(args.step_size, 2.5 * args.eps / args.steps)  # one-step methods train with a longer one
-        for rows in torch.arange(len(self.y_val), device=args.device).split(args.batch_size):
-            x, y = self.x_val[rows], self.y_val[rows]
+        for rows in torch.arange(len(self.y_val)).split(args.batch_size):
+            x, y = to_float(self.x_val[rows].to(args.device)), self.y_val[rows]
             x_adv = pgd(self.model, x, y, loss=loss, eps=args.eps, step_size=step_size, steps=args.steps)
             self.model.amp = False
             with attack_mode(self.model), torch.no_grad():

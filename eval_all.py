@@ -151,6 +151,8 @@ THREAT = {  # (eps, step size) of the papers' evaluations; digits is ours
     "mnist": (0.3, 0.01),
     "cifar10": (0.031, 0.003),
     "cifar100": (0.031, 0.003),
+    "tiny-imagenet": (0.031, 0.003),
+    "imagenet": (4 / 255, 1 / 255),
     None: (8 / 255, 2 / 255),
 }
 GET_AUTOATTACK = "autoattack-official needs a package: pip install git+https://github.com/fra31/auto-attack"
@@ -508,7 +510,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--dataset", metavar="NAME_OR_NPZ", help="(default: what the checkpoint was trained on)")
     flag("--data-dir", help="(default: as in training)")
     flag("--n", type=number(int, 1), help="test images, a seeded choice (default: all)")
-    flag("--eps", type=number(float, 0, 1), help="(default: the papers': digits 0.1, mnist 0.3, cifar 0.031)")
+    flag(
+        "--eps",
+        type=number(float, 0, 1),
+        help="(default: the papers': mnist 0.3, cifar and tiny 0.031, imagenet 4/255)",
+    )
     flag("--step-size", type=number(float, 0, 1), help="(default: the papers' where it crosses the ball in N steps)")
     flag("--restarts", type=number(int, 1), default=1, help="of the attacks that start at random (default: 1)")
     flag("--batch-size", type=number(int, 1), default=250, help="(default: 250)")

@@ -12,6 +12,7 @@ is minus half the squared distance to fixed centers (MMC, Pang et al. 2020); `sp
 import math
 import re
 from collections import OrderedDict
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,28 @@ from torch import Tensor, nn
 
 HEADS = ("linear", "he", "mhe", "mmc", "sphere", "sphere_wm")
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "prelu": nn.PReLU, "leaky_relu": nn.LeakyReLU}
-ARCHS = "small_cnn, dsphere_mnist, dsphere_cifar, alexnet, resnet18, resnet32, preactresnet18 or wrn-D-W (wrn-34-10)"
+ARCHS = (
+    "small_cnn, dsphere_mnist, dsphere_cifar, alexnet, resnet18, resnet32, preactresnet18, wrn-D-W (wrn-34-10), or, for "
+    "224 pixels, torchvision's resnet50, resnet152, wide_resnet50_2, wide_resnet101_2"
+)
+IMAGENET_ARCHS = ("resnet50", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 WRN = re.compile(r"wrn-(\d{1,3})-(\d{1,2})")
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, also where its C++ operators do not load beside this torch: neither its datasets nor its networks
+    need any of them. Raises ImportError where it is not installed."""
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+        for operator in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+        import torchvision
+    return torchvision
 
 
 def arccos(cos: Tensor) -> Tensor:
@@ -40,7 +61,9 @@ SIGMOID_K = 0.5
 CORRELATIONS = {
     "cosine": lambda cos: cos,
     "linear": lambda cos: 1 - arccos(cos) * (2 / math.pi),
-    "sigmoid": lambda cos: ((math.pi / 2 - arccos(cos)) / (2 * SIGMOID_K)).tanh() / math.tanh(math.pi / 4 / SIGMOID_K),
+    "sigmoid": lambda cos: (
+        (2 * ((math.pi / 2 - arccos(cos)) / SIGMOID_K).sigmoid() - 1) / math.tanh(math.pi / 4 / SIGMOID_K)
+    ),
     "quadratic": lambda cos: (1 - (1 - cos).square()).clamp(min=-1),
     "truncated": lambda cos: cos,  # times min(1, ||x||)
 }
@@ -369,6 +392,25 @@ class PreActResNet(Classifier):
         return self.activation(self.bn1(out)).mean((2, 3))
 
 
+class ImageNetResNet(Classifier):
+    """torchvision's bottleneck ResNet `arch`, with its 7x7 stem and under its parameter names (layer1.0.conv1, ...)."""
+
+    def __init__(self, arch: str, in_channels: int, image_size: int):
+        super().__init__()
+        if in_channels != 3 or image_size < 64:
+            raise ValueError(f"arch {arch} needs color images of at least 64 pixels")
+        published = import_torchvision().models.get_model(arch)
+        self.feature_dim = published.fc.in_features
+        self.stages = [name for name, _ in published.named_children() if name != "fc"]
+        for name in self.stages:
+            self.add_module(name, getattr(published, name))
+
+    def embed(self, x: Tensor) -> Tensor:
+        for name in self.stages:
+            x = getattr(self, name)(x)
+        return x.flatten(1)
+
+
 def make_backbone(arch: str, in_channels: int, image_size: int, correlation: str, manifold: str) -> Classifier:
     """The backbone called `arch`, without its head. Raises ValueError for an unknown name or an illegal size."""
     if arch == "small_cnn":
@@ -383,6 +425,8 @@ def make_backbone(arch: str, in_channels: int, image_size: int, correlation: str
         return ResNet(in_channels, [16, 32, 64], depth=5)
     if arch == "resnet18":
         return ResNet(in_channels, [64, 128, 256, 512], depth=2)
+    if arch in IMAGENET_ARCHS:
+        return ImageNetResNet(arch, in_channels, image_size)
     if arch == "preactresnet18":
         return PreActResNet(in_channels, 64, [64, 128, 256, 512], depth=2)
     if wrn := WRN.fullmatch(arch):

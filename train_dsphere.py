@@ -65,9 +65,9 @@ def geodesic_statistics(model, x, y):
     x is uint8 (N, C, H, W), y (N,), on any device.
     """
     weight, angles = model.fc.weight, []
-    for part, label in zip(x.split(500), y.split(500), strict=True):
-        cos = models.cosine(model.features(common.to_float(part.to(weight.device))), weight).cpu()
-        angles.append(models.arccos(cos.gather(1, label[:, None]).squeeze(1)))
+    for rows in torch.arange(len(y)).split(500):
+        cos = models.cosine(model.features(common.to_float(x[rows].to(weight.device))), weight).cpu()
+        angles.append(models.arccos(cos.gather(1, y[rows, None]).squeeze(1)))
     by_class = [torch.cat(angles)[y == k] for k in range(len(weight))]
     return {"mean": [float(a.mean()) for a in by_class], "std": [float(a.std()) for a in by_class]}
 

@@ -204,3 +204,25 @@ def test_features_can_be_projected():
 
 def test_resnet32_has_the_published_size():
     assert sum(p.numel() for p in models.build_model("resnet32", 10).parameters()) == 466_906
+
+
+@pytest.mark.parametrize("arch", models.IMAGENET_ARCHS)
+def test_imagenet_networks_have_torchvisions_names_and_shapes(arch):
+    ours, published = models.build_model(arch, 1000, image_size=224), models.import_torchvision().models.get_model(arch)
+    shapes = [{key: tuple(value.shape) for key, value in model.state_dict().items()} for model in (ours, published)]
+    assert shapes[0] == shapes[1] and ours.feature_dim == 2048
+
+
+def test_a_torchvision_checkpoint_gives_the_same_logits_and_takes_an_he_head():
+    torch.manual_seed(0)
+    published = models.import_torchvision().models.get_model("resnet50", num_classes=7).eval()
+    ours, x = models.build_model("resnet50", 7, image_size=64).eval(), torch.rand(2, 3, 64, 64)
+    ours.load_state_dict(published.state_dict())
+    torch.testing.assert_close(ours(x), published(x), rtol=1e-4, atol=1e-5)
+    hyperspherical = models.build_model("resnet50", 7, image_size=64, head="he").eval()
+    hyperspherical.load_state_dict({k: v for k, v in published.state_dict().items() if k != "fc.bias"})
+    z = hyperspherical.features(x)
+    torch.testing.assert_close(hyperspherical(x), models.cosine(z, published.fc.weight), rtol=1e-4, atol=1e-5)
+    for channels, size in ((1, 224), (3, 32)):
+        with pytest.raises(ValueError, match="at least 64 pixels"):
+            models.build_model("resnet50", 7, channels, image_size=size)
