@@ -265,19 +265,20 @@ def torchvision_arrays(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def image_folder(folder: Path) -> "torchvision.datasets.ImageFolder":
-    """torchvision's listing of FOLDER/CLASS/...: `samples`, pairs of a file and its class, and `classes`, sorted."""
+def image_folder(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
+    """torchvision's listing of FOLDER/CLASS/...: pairs of a file and its class, and the classes' names, sorted."""
     try:
-        return _torchvision().datasets.ImageFolder(folder)
+        found = _torchvision().datasets.ImageFolder(folder)
+        return found.samples, found.classes
     except FileNotFoundError as error:
         raise UserError(f"{folder}: not a folder of one folder of images for each class ({error})") from None
 
 
 def tiny_imagenet_files(root: Path) -> dict[str, ImageFiles | np.ndarray]:
     """Tiny-ImageNet as published: train/WNID/images/*.JPEG and, as test images, val/ with its val_annotations.txt."""
-    train, annotations = image_folder(root / "train"), root / "val" / "val_annotations.txt"
-    label_of = {wnid: label for label, wnid in enumerate(train.classes)}
-    test = []
+    train, classes = image_folder(root / "train")
+    label_of = {wnid: label for label, wnid in enumerate(classes)}
+    test, annotations = [], root / "val" / "val_annotations.txt"
     for number, line in enumerate(annotations.read_text().splitlines(), 1):
         name, wnid, *_ = [*line.split("\t"), ""]
         if wnid not in label_of:
@@ -285,18 +286,18 @@ def tiny_imagenet_files(root: Path) -> dict[str, ImageFiles | np.ndarray]:
         test.append((str(annotations.parent / "images" / name), label_of[wnid]))
     v2 = _torchvision().transforms.v2
     shift = [v2.RandomCrop(64, padding=4), v2.RandomHorizontalFlip()]
-    return _files_and_labels(train.samples, test, 64, shift, [])
+    return _files_and_labels(train, test, 64, shift, [])
 
 
 def imagenet_files(root: Path) -> dict[str, ImageFiles | np.ndarray]:
     """ImageNet as torchvision unpacks it: train/WNID/*.JPEG and, as test images, val/WNID/*.JPEG; 224 pixels."""
-    train, test = image_folder(root / "train"), image_folder(root / "val")
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
+    (train, classes), (test, test_classes) = image_folder(root / "train"), image_folder(root / "val")
+    if classes != test_classes:
+        odd = sorted(set(classes) ^ set(test_classes))
         raise UserError(f"{root}: train/ and val/ differ in their classes, {odd[0]} and {len(odd) - 1} others")
     v2 = _torchvision().transforms.v2
     crop = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
-    return _files_and_labels(train.samples, test.samples, 224, crop, [v2.Resize(256), v2.CenterCrop(224)])
+    return _files_and_labels(train, test, 224, crop, [v2.Resize(256), v2.CenterCrop(224)])
 
 
 def _files_and_labels(

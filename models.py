@@ -21,8 +21,8 @@ from torch import Tensor, nn
 HEADS = ("linear", "he", "mhe", "mmc", "sphere", "sphere_wm")
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "prelu": nn.PReLU, "leaky_relu": nn.LeakyReLU}
 ARCHS = (
-    "small_cnn, dsphere_mnist, dsphere_cifar, alexnet, resnet18, resnet32, preactresnet18, wrn-D-W (wrn-34-10), or, for "
-    "224 pixels, torchvision's resnet50, resnet152, wide_resnet50_2, wide_resnet101_2"
+    "small_cnn, dsphere_mnist, dsphere_cifar, alexnet, resnet18, resnet32, preactresnet18, wrn-D-W (wrn-34-10); for "
+    "ImageNet torchvision's resnet50, resnet152, wide_resnet50_2, wide_resnet101_2"
 )
 IMAGENET_ARCHS = ("resnet50", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 WRN = re.compile(r"wrn-(\d{1,3})-(\d{1,2})")

@@ -109,7 +109,7 @@ def test_a_run_on_image_files_is_the_same_with_any_workers_and_resumes_bit_for_b
     whole, part = (common.read_file(tiny / name / "last.pt")["model"] for name in ("whole", "part"))
     assert all(torch.equal(whole[key], part[key]) for key in whole)
 
-    code, out, err = cli("eval_all", tiny / "whole", "--attacks", "fgsm,pgd-2")
+    code, _, err = cli("eval_all", tiny / "whole", "--attacks", "fgsm,pgd-2")
     assert code == 0, err
     result = json.loads((tiny / "whole" / "eval" / "eval.json").read_text())
     assert result["dataset"] == "tiny-imagenet" and result["attacks"]["clean"]["n"] == 7 and result["eps"] == 0.031
