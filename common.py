@@ -566,6 +566,47 @@ def attack_mode(model: torch.nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@torch.no_grad()
+def fooled(model: torch.nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    """Which images x are misclassified by more than rounding can be, (B,) bool, for their logits (B, K).
+
+    What a bfloat16 pass takes for misclassified is confirmed in float32.
+    """
+    top, true = logits.amax(1), logits.gather(1, y[:, None]).squeeze(1)
+    wrong = top - true > 1e-4 * logits.abs().amax(1)
+    if getattr(model, "amp", False) and wrong.any():
+        model.amp, rows = False, wrong.nonzero().flatten()
+        wrong[rows] = fooled(model, x[rows], model(x[rows]), y[rows])
+        model.amp = True
+    return wrong
+
+
+def lengths(delta: Tensor, norm: str) -> Tensor:
+    """||delta|| of each image, (B, 1, 1, 1): norm linf or l2."""
+    return torch.linalg.vector_norm(delta, math.inf if norm == "linf" else 2, dim=(1, 2, 3), keepdim=True)
+
+
+def steepest(grad: Tensor, norm: str) -> Tensor:
+    """The direction of length 1 in which a linear loss with this gradient rises most."""
+    return grad.sign() if norm == "linf" else grad / lengths(grad, norm).clamp(min=1e-12)
+
+
+def project(x_adv: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
+    """x_adv moved into the eps ball around x and into [0, 1]."""
+    if norm == "linf":
+        return x_adv.clamp(x - eps, x + eps).clamp(0, 1)
+    delta = x_adv - x
+    return (x + delta * (eps / lengths(delta, norm).clamp(min=1e-12)).clamp(max=1)).clamp(0, 1)
+
+
+def random_start(x: Tensor, eps: float, norm: str) -> Tensor:
+    """A uniform point of the eps ball around each image, moved into [0, 1]."""
+    if norm == "linf":
+        return torch.empty_like(x).uniform_(-eps, eps).add_(x).clamp(0, 1)
+    radius = eps * torch.rand_like(x[:, :1, :1, :1]) ** (1 / x[0].numel())
+    return (x + radius * steepest(torch.randn_like(x), norm)).clamp(0, 1)
+
+
 def pgd(
     model: torch.nn.Module,
     x: Tensor,
@@ -575,22 +616,21 @@ def pgd(
     eps: float,
     step_size: float,
     steps: int,
+    norm: str = "linf",
     start: Tensor | None = None,
     momentum: float = 0.0,
     drop_fooled: bool = False,
 ) -> Tensor:
-    """Linf projected gradient ascent on loss(logits, y) (Madry et al. 2018; HE, Eq. 18 to 20).
+    """Projected gradient ascent on loss(logits, y) in the Linf or L2 ball (Madry et al. 2018; HE, Eq. 18 to 20).
 
     x is (B, C, H, W) in [0, 1], eps and step_size are in pixel units; x_adv is returned, in the ball and in [0, 1].
-    loss gives (B,) or its mean: the sign of the gradient is the same. `start` is by default uniform in the ball, and
-    momentum > 0 is MIM's, on the L1-normalized gradient. The model is in eval mode meanwhile, its parameters frozen.
+    loss gives (B,) or its mean: the direction of the gradient is the same. `start` is by default uniform in the ball,
+    and momentum > 0 is MIM's, on the L1-normalized gradient. The model is in eval mode meanwhile, its parameters frozen.
 
     With drop_fooled an image is moved no further once it is misclassified, which saves its passes and makes the attack
     the best of its steps, not the last. Raises UserError then if a gradient is not finite: such an image cannot move.
     """
-    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    x_adv = torch.empty_like(x).uniform_(-eps, eps).add_(x) if start is None else start
-    x_adv = x_adv.detach().clamp(low, high)
+    x_adv = random_start(x, eps, norm) if start is None else project(start.detach(), x, eps, norm)
     velocity = torch.zeros_like(x) if momentum else None
     active = torch.arange(len(x), device=x.device) if drop_fooled else slice(None)
     with attack_mode(model):
@@ -598,18 +638,18 @@ def pgd(
             x_now = x_adv[active].requires_grad_()
             logits = model(x_now)
             (grad,) = torch.autograd.grad(loss(logits, y[active]).sum(), x_now)
+            x_now = x_now.detach()
             if drop_fooled:
                 if not grad.isfinite().all():
                     raise UserError("the gradient on the images is not finite, so a gradient attack proves nothing")
-                top, true = logits.amax(1), logits.gather(1, y[active, None]).squeeze(1)
-                still = top - true <= 1e-4 * logits.abs().amax(1)  # a thinner margin may be rounding: push on
+                still = ~fooled(model, x_now, logits, y[active])
                 active, x_now, grad = active[still], x_now[still], grad[still]
                 if not len(active):
                     break
             if momentum:
                 grad = grad / grad.abs().sum((1, 2, 3), keepdim=True).clamp(min=1e-12)
                 grad = velocity[active] = momentum * velocity[active] + grad
-            x_adv[active] = (x_now.detach() + step_size * grad.sign()).clamp(low[active], high[active])
+            x_adv[active] = project(x_now + step_size * steepest(grad, norm), x[active], eps, norm)
     return x_adv
 
 
