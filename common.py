@@ -625,7 +625,7 @@ def pgd(
 
     x is (B, C, H, W) in [0, 1], eps and step_size are in pixel units; x_adv is returned, in the ball and in [0, 1].
     loss gives (B,) or its mean: the direction of the gradient is the same. `start` is by default uniform in the ball,
-    and momentum > 0 is MIM's, on the L1-normalized gradient. The model is in eval mode meanwhile, its parameters frozen.
+    and momentum > 0 is MIM's, on the L1-normalized gradient. Meanwhile the model is in eval mode and frozen.
 
     With drop_fooled an image is moved no further once it is misclassified, which saves its passes and makes the attack
     the best of its steps, not the last. Raises UserError then if a gradient is not finite: such an image cannot move.

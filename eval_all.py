@@ -24,13 +24,16 @@ each attack: still right); with several models each has its own folder in OUT, b
 
 import argparse
 import csv
+import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import re
 import shlex
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -44,11 +47,14 @@ from torch import Tensor, nn
 import common
 import models
 
-# ---------------------------------------------------------------------------------------------------------- attacks
-# (model, x, y, *, eps, **options) -> x_adv; x and x_adv are (B, C, H, W) in [0, 1]. Those with steps get a step_size.
+# ------------------------------------------------------------------------------------------- white box, in the ball
+# (model, x, y, *, eps, **options) -> x_adv; x and x_adv are (B, C, H, W) in [0, 1]. The evaluator has put the model in
+# eval mode, frozen its parameters and seeded the generator. An image leaves the batch once it is fooled.
 
+TOLERANCE = 1e-6  # of a distance or a pixel value, in float32
+NEWTON_STEPS = 15
 Attack = Callable[..., Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
@@ -67,33 +73,45 @@ def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, y[:, None], -math.inf).amax(1) - true
 
 
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """The targeted difference of logits ratio, (B,) (Croce & Hein 2020, Eq. 6): no scale of the logits changes it.
+
+    It needs the four largest logits; with fewer classes it is the difference alone.
+    """
+    rise = logits.gather(1, target[:, None]).squeeze(1) - logits.gather(1, y[:, None]).squeeze(1)
+    if logits.shape[1] < 4:
+        return rise
+    first, _, third, fourth = logits.topk(4).values.unbind(1)
+    return rise / (first - (third + fourth) / 2 + 1e-12)
+
+
 def clean(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
     return x
 
 
-def noise(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+def noise(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf") -> Tensor:
     """Uniform in the ball: what no attack may be weaker than."""
-    return (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
+    return common.random_start(x, eps, norm)
 
 
-def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf") -> Tensor:
     """Goodfellow et al. 2015 (HE, Eq. 17): one step of eps along the sign of the gradient."""
-    return common.pgd(model, x, y, loss=ce, eps=eps, step_size=eps, steps=1, start=x)
+    return common.pgd(model, x, y, loss=ce, eps=eps, step_size=eps, steps=1, start=x, norm=norm)
 
 
-def bim(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
+def bim(model: nn.Module, x: Tensor, y: Tensor, *, drop_fooled: bool = True, **budget: float) -> Tensor:
     """Kurakin et al. 2017 (HE, Eq. 18): PGD from the image itself."""
-    return common.pgd(model, x, y, loss=ce, start=x, drop_fooled=True, **budget)
+    return common.pgd(model, x, y, loss=ce, start=x, drop_fooled=drop_fooled, **budget)
 
 
-def mim(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
+def mim(model: nn.Module, x: Tensor, y: Tensor, *, drop_fooled: bool = True, **budget: float) -> Tensor:
     """Dong et al. 2018 (HE, Eq. 19 and 20): BIM with momentum 1 on the L1-normalized gradient."""
-    return common.pgd(model, x, y, loss=ce, start=x, momentum=1.0, drop_fooled=True, **budget)
+    return common.pgd(model, x, y, loss=ce, start=x, momentum=1.0, drop_fooled=drop_fooled, **budget)
 
 
-def pgd(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
+def pgd(model: nn.Module, x: Tensor, y: Tensor, *, drop_fooled: bool = True, **budget: float) -> Tensor:
     """Madry et al. 2018, CE on model(x). On an HE model these are the raw cosines, which makes it a weak attack."""
-    return common.pgd(model, x, y, loss=ce, drop_fooled=True, **budget)
+    return common.pgd(model, x, y, loss=ce, drop_fooled=drop_fooled, **budget)
 
 
 def pgd_scaled(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
@@ -110,6 +128,585 @@ def adaptive_pgd(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Ten
 def cw_inf(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """PGD on the margin of the logits (Carlini & Wagner 2017 under Linf; Angular-AT, Sec. 5)."""
     return common.pgd(model, x, y, loss=cw_margin, drop_fooled=True, **budget)
+
+
+def by_target(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, targets: int, attack: Callable[..., Tensor]
+) -> Tensor:
+    """attack(x, y, target) towards each of the likeliest wrong classes in turn, on the images that still stand.
+
+    Of several misclassified results the nearest to x is returned; where there is none, x.
+    """
+    ranking = predict_logits(model, x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
+    x_adv, nearest = x.clone(), x.new_full((len(x),), math.inf)
+    for target in ranking[:, : min(targets, ranking.shape[1] - 1)].T:
+        rows = (nearest > eps + TOLERANCE).nonzero().flatten()
+        if not len(rows):
+            break
+        tried = attack(x[rows], y[rows], target[rows])
+        distance = common.lengths(tried - x[rows], norm).flatten()
+        closer = (distance < nearest[rows]) & common.fooled(model, tried, predict_logits(model, tried), y[rows])
+        x_adv[rows[closer]], nearest[rows[closer]] = tried[closer], distance[closer]
+    return x_adv
+
+
+def mta(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", **budget: float) -> Tensor:
+    """The multi-target attack of WeightPen, Sec. 4: a targeted PGD for each class, the worst counts."""
+
+    def towards(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        return common.pgd(model, x, y, loss=lambda logits, _: -ce(logits, target), eps=eps, norm=norm, **budget)
+
+    return by_target(model, x, y, eps, norm, math.inf, towards)
+
+
+def feature(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    step_size: float = 1 / 255,
+    steps: int = 50,
+    images: int = 100,
+) -> Tensor:
+    """The feature attack (Lin et al. 2019): from a random start towards the features, in cosine, of another class.
+
+    `images` of other classes, drawn from the batch, are tried in turn on each image that still stands.
+    """
+    if not hasattr(model, "features"):
+        raise common.UserError("the feature attack needs a model with features(x)")
+    with torch.no_grad():
+        z = model.features(x)
+    x_adv, standing = x.clone(), torch.arange(len(x), device=x.device)
+    for _ in range(images):
+        other = (torch.rand(len(standing), len(x), device=x.device) * (y != y[standing, None])).argmax(1)
+        now = common.random_start(x[standing], eps, "linf")
+        for _ in range(steps):
+            now.requires_grad_()
+            similarity = F.cosine_similarity(model.features(now), z[other])
+            (grad,) = torch.autograd.grad(similarity.sum(), now)
+            now = common.project(now.detach() + step_size * grad.sign(), x[standing], eps, "linf")
+        x_adv[standing] = now
+        standing = standing[~common.fooled(model, now, predict_logits(model, now), y[standing])]
+        if not len(standing):
+            break
+    return x_adv
+
+
+def apgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: str = "linf",
+    loss: Loss = ce,
+    target: Tensor | None = None,
+    steps: int = 100,
+) -> Tensor:
+    """Auto-PGD (Croce & Hein 2020, Alg. 1): PGD with momentum, whose step halves where the loss no longer rises.
+
+    Each image is checked after 22 % of the steps, and then at intervals that shrink by 3 % to 6 %. Its step is halved,
+    and its best point taken up again, where under 3/4 of the steps since the last check raised the loss, or where
+    neither step nor best loss changed. loss takes logits, y and, if there is one, `target` (B,).
+    """
+    t = 2 * torch.rand_like(x) - 1 if norm == "linf" else torch.randn_like(x)
+    now = (x + eps * t / common.lengths(t, norm)).clamp(0, 1)
+    bottom = x.new_full((len(x),), -math.inf)
+    labels = torch.stack([y] if target is None else [y, target], 1)
+    s = {"row": torch.arange(len(x), device=x.device), "x": x, "labels": labels, "now": now, "before": now, "best": now}
+    s |= {"best_grad": now, "step": torch.full_like(x[:, :1, :1, :1], 2 * eps), "halved": torch.ones_like(y).bool()}
+    s |= {"value": bottom, "best_value": bottom, "checked": bottom, "rises": torch.zeros_like(bottom)}
+    x_adv, since, interval = now.clone(), 0, max(int(0.22 * steps), 1)
+    for i in range(steps + 1):
+        now = s["now"].detach().requires_grad_()
+        logits = model(now)
+        value = loss(logits, *s["labels"].T)
+        (grad,) = torch.autograd.grad(value.sum(), now)
+        now, value = now.detach(), value.detach()
+        better = value > s["best_value"]
+        s |= {"grad": grad, "rises": s["rises"] + (value > s["value"]), "value": value, "now": now}
+        for best, current in (("best", now), ("best_grad", grad), ("best_value", value)):
+            s[best] = torch.where(better.view(-1, *[1] * (current.ndim - 1)), current, s[best])
+        beaten = common.fooled(model, now, logits, s["labels"][:, 0])
+        x_adv[s["row"]] = torch.where(beaten[:, None, None, None], now, s["best"])
+        s = {key: tensor[~beaten] for key, tensor in s.items()}
+        if i == steps or not len(s["row"]):
+            break
+        if i and (since := since + 1) == interval:
+            _halve_steps(s, interval)
+            since, interval = 0, max(interval - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+        aim = common.project(s["now"] + s["step"] * common.steepest(s["grad"], norm), s["x"], eps, norm)
+        a = 0.75 if i else 1.0
+        ahead = s["now"] + a * (aim - s["now"]) + (1 - a) * (s["now"] - s["before"])
+        s["before"], s["now"] = s["now"], common.project(ahead, s["x"], eps, norm)
+    return x_adv
+
+
+def _halve_steps(s: dict[str, Tensor], interval: int) -> None:
+    """Auto-PGD's check of the images in state `s`, `interval` steps after the last one."""
+    halve = (s["rises"] <= 0.75 * interval) | (~s["halved"] & (s["best_value"] <= s["checked"]))
+    where = halve[:, None, None, None]
+    s["step"] = torch.where(where, s["step"] / 2, s["step"])
+    s["now"], s["grad"] = torch.where(where, s["best"], s["now"]), torch.where(where, s["best_grad"], s["grad"])
+    s |= {"halved": halve, "checked": s["best_value"], "rises": torch.zeros_like(s["rises"])}
+
+
+def apgd_targeted(
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", steps: int = 100, targets: int = 9
+) -> Tensor:
+    """APGD-T of AutoAttack: Auto-PGD on the targeted DLR loss, for each of the likeliest wrong classes."""
+
+    def towards(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        return apgd(model, x, y, eps=eps, norm=norm, loss=targeted_dlr, target=target, steps=steps)
+
+    return by_target(model, x, y, eps, norm, targets, towards)
+
+
+# --------------------------------------------------------------------------------------- white box, minimal distance
+# These look for the nearest misclassified image, which may lie outside the ball: the evaluator measures how far.
+
+
+def step_to_plane(x: Tensor, w: Tensor, rise: Tensor, norm: str) -> Tensor:
+    """The shortest d with <w, d> = rise and x + d in [0, 1], for x and w (B, D) and rise (B,) >= 0.
+
+    Where the box ends first, d goes as far as it can. Every coordinate moves up w at speed 1 (Linf) or |w_i| (L2) until
+    it meets the box, so that the rise is concave and piecewise linear in the time; Newton's steps from 0 find the time
+    from below.
+    """
+    room = torch.where(w > 0, 1 - x, x)
+    speed, w_abs = (torch.ones_like(w) if norm == "linf" else w.abs()), w.abs()
+    time = torch.zeros_like(rise)
+    for _ in range(NEWTON_STEPS):
+        reach = time[:, None] * speed
+        moving = reach < room
+        gained = (w_abs * torch.where(moving, reach, room)).sum(1)
+        slope = (w_abs * speed * moving).sum(1)
+        time = time + torch.where(slope > 0, (rise - gained) / slope.clamp(min=1e-30), 0.0)
+    return torch.minimum(time[:, None] * speed, room) * w.sign()
+
+
+def fab(model: nn.Module, x: Tensor, y: Tensor, target: Tensor, *, eps: float, norm: str, steps: int = 100) -> Tensor:
+    """The targeted Fast Adaptive Boundary attack (Croce & Hein 2020b): x_adv, the nearest to x that it met, or x.
+
+    Each step goes to the linearized boundary between y and target, from the current point and, with weight alpha up to
+    0.1, from x itself, 5 % beyond; a misclassified point is kept and drawn back by 10 %. An image is done with eps.
+    """
+    x_adv, nearest = x.clone(), x.new_full((len(x),), math.inf)
+    row, now = torch.arange(len(x), device=x.device), x.clone()
+    for _ in range(steps):
+        near, far = now.requires_grad_(), x[row]
+        logits = model(near)
+        rise = logits.gather(1, target[row, None]).squeeze(1) - logits.gather(1, y[row, None]).squeeze(1)
+        (w,) = torch.autograd.grad(rise.sum(), near)
+        near, w = near.detach(), w.flatten(1)
+        gap = -rise.detach()  # to the boundary, along w; negative beyond it
+        gap_far = gap + (w * (near - far).flatten(1)).sum(1)
+        step_near, step_far = (
+            (step_to_plane(point.flatten(1), w * side.sign()[:, None], side.abs(), norm)).view_as(near)
+            for point, side in ((near, gap), (far, gap_far))
+        )
+        lengths = [common.lengths(step, norm).clamp(min=1e-8) for step in (step_near, step_far)]
+        alpha = (lengths[0] / (lengths[0] + lengths[1])).clamp(max=0.1)
+        now = ((1 - alpha) * (near + 1.05 * step_near) + alpha * (far + 1.05 * step_far)).clamp(0, 1)
+        distance = common.lengths(now - far, norm).flatten()
+        logits = predict_logits(model, now)
+        wrong = logits.argmax(1) != y[row]
+        within = wrong & (distance <= eps)
+        within[within.clone()] = common.fooled(model, now[within], logits[within], y[row[within]])
+        wrong &= within | (distance > eps)
+        closer = wrong & (distance < nearest[row])
+        x_adv[row[closer]], nearest[row[closer]] = now[closer], distance[closer]
+        now = torch.where(wrong[:, None, None, None], far + 0.9 * (now - far), now)
+        row, now = row[~within], now[~within]
+        if not len(row):
+            break
+    return x_adv
+
+
+def fab_targeted(
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", steps: int = 100, targets: int = 9
+) -> Tensor:
+    """FAB-T of AutoAttack: towards each of the likeliest wrong classes, on the images not yet fooled within eps."""
+    return by_target(model, x, y, eps, norm, targets, partial(fab, model, eps=eps, norm=norm, steps=steps))
+
+
+def deepfool(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 50,
+    overshoot: float = 0.02,
+    candidates: int = 10,
+) -> Tensor:
+    """Moosavi-Dezfooli et al. 2016: to the nearest of the linearized boundaries with the likeliest classes, again and
+    again until the class changes. WeightPen, Sec. 4: 50 steps, overshoot 0.02; HE: 100 steps."""
+    x_adv, row = x.clone(), torch.arange(len(x), device=x.device)
+    others = predict_logits(model, x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
+    others = others[:, : min(candidates, others.shape[1]) - 1]
+    for _ in range(steps + 1):
+        now = x_adv[row].requires_grad_()
+        logits = model(now)
+        rises = logits.gather(1, others[row]) - logits.gather(1, y[row, None])
+        standing = ~common.fooled(model, now, logits, y[row])
+        planes = []
+        for rise in rises.T:
+            (w,) = torch.autograd.grad(rise.sum(), now, retain_graph=True)
+            dual = w.abs().sum((1, 2, 3)) if norm == "linf" else common.lengths(w, "l2").flatten()
+            planes.append((rise.detach().abs() + 1e-6, dual.clamp(min=1e-12), w))
+        gap, dual, w = (torch.stack(parts) for parts in zip(*planes, strict=True))
+        nearest, every = (gap / dual).argmin(0), torch.arange(len(row), device=x.device)
+        length = (gap / dual)[nearest, every][:, None, None, None]
+        step = length * common.steepest(w[nearest, every], norm)
+        row, step = row[standing], step[standing]
+        if not len(row):
+            break
+        x_adv[row] = (x_adv[row] + (1 + overshoot) * step).clamp(0, 1)
+    return x_adv
+
+
+def cw_l2(
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int = 1000, lr: float = 0.01, searches: int = 9
+) -> Tensor:
+    """Carlini & Wagner 2017, L2: Adam on ||x' - x||^2 + c * max(margin, 0) over w, x' = (1 + tanh(w)) / 2.
+
+    c starts at 0.001 and is searched for each image: ten times larger until it is fooled, then by bisection. The
+    nearest misclassified image is returned, else x. Every tenth of the steps the search ends if nothing improved.
+    """
+    c, low, high = (x.new_full((len(x),), value) for value in (1e-3, 0.0, math.inf))
+    x_adv, nearest = x.clone(), x.new_full((len(x),), math.inf)
+    for _ in range(searches):
+        w = torch.atanh((2 * x - 1) * (1 - 1e-6)).requires_grad_()
+        adam, met, last = torch.optim.Adam([w], lr), torch.zeros_like(c, dtype=torch.bool), math.inf
+        for step in range(steps):
+            now = (1 + w.tanh()) / 2
+            logits = model(now)
+            distance = (now - x).square().sum((1, 2, 3))
+            loss = (distance + c * (-cw_margin(logits, y)).clamp(min=0)).sum()
+            (w.grad,) = torch.autograd.grad(loss, w)
+            wrong = common.fooled(model, now, logits, y)
+            closer, met = wrong & (distance.detach() < nearest), met | wrong
+            x_adv[closer], nearest[closer] = now.detach()[closer], distance.detach()[closer]
+            adam.step()
+            if step % max(steps // 10, 1) == 0:
+                if loss.item() > 0.9999 * last:
+                    break
+                last = loss.item()
+        high, low = torch.where(met, torch.minimum(high, c), high), torch.where(met, low, torch.maximum(low, c))
+        c = torch.where(high.isfinite(), (low + high) / 2, 10 * c)
+    return x_adv
+
+
+# -------------------------------------------------------------------------------------------------- black-box attacks
+# Only logits, or only labels, are asked for. A query is one forward pass of one image; `queries` is the most that any
+# image gets, and those that are fooled get no more.
+
+
+def random_sign(shape: tuple[int, ...], x: Tensor) -> Tensor:
+    return torch.randint(0, 2, shape, device=x.device, dtype=x.dtype).mul_(2).sub_(1)
+
+
+SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, in iterations out of 10,000
+
+
+def square_side(x: Tensor, p: float, least: int = 1) -> int:
+    """The side of a window that covers the share p of an image."""
+    height, width = x.shape[2:]
+    return min(max(round(math.sqrt(p * height * width)), least), height, width)
+
+
+def random_window(x: Tensor, side: int) -> Tensor:
+    """A square of side x side pixels at random in each image: (B, 1, H, W), True inside."""
+    height, width = x.shape[2:]
+    top = torch.randint(height - side + 1, (len(x), 1, 1, 1), device=x.device)
+    left = torch.randint(width - side + 1, (len(x), 1, 1, 1), device=x.device)
+    row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+    return (row >= top) & (row < top + side) & (column >= left) & (column < left + side)
+
+
+def stripes(x: Tensor, eps: float) -> Tensor:
+    """Where Square starts under Linf: every column of every channel at +eps or -eps."""
+    return (x + eps * random_sign((*x.shape[:2], 1, x.shape[3]), x)).clamp(0, 1)
+
+
+def recolor_window(x: Tensor, x_best: Tensor, p: float, eps: float) -> Tensor:
+    """Square's Linf proposal: one window at +eps or -eps, each channel by itself.
+
+    x_best lies at such corners of the ball everywhere, so to add +-2 eps and to clip would do the same.
+    """
+    corner = (x + eps * random_sign((*x.shape[:2], 1, 1), x)).clamp(0, 1)
+    return torch.where(random_window(x, square_side(x, p)), corner, x_best)
+
+
+def bump(height: int, width: int, x: Tensor) -> Tensor:
+    """(height, width), of norm 1: nested rectangles about the center, the k-th one adding 1 / k^2."""
+    heap = 1 / torch.arange(1, max(height, width) // 2 + 2, device=x.device, dtype=x.dtype).square()
+    heap = heap.flip(0).cumsum(0).flip(0)
+    row = (torch.arange(height, device=x.device) - height // 2).abs()
+    column = (torch.arange(width, device=x.device) - width // 2).abs()
+    return F.normalize(heap[torch.maximum(row[:, None], column)], dim=(0, 1))
+
+
+def bump_pair(side: int, x: Tensor) -> Tensor:
+    """Square's eta, (side, side), of norm 1: a bump up beside a bump down."""
+    pair = torch.cat([bump(side // 2, side, x), -bump(side - side // 2, side, x)])
+    return F.normalize(pair, dim=(0, 1))
+
+
+def random_bumps(grid: tuple[int, int], side: int, x: Tensor) -> Tensor:
+    """Pairs of bumps of random sign, upright or on their side (alike in all channels): (B, C, *grid, side, side)."""
+    pair, signs = bump_pair(side, x), random_sign((*x.shape[:2], *grid, 1, 1), x)
+    return signs * torch.where(torch.rand(len(x), 1, *grid, 1, 1, device=x.device) < 0.5, pair, pair.T)
+
+
+def onto_sphere(x: Tensor, delta: Tensor, eps: float) -> Tensor:
+    return (x + eps * F.normalize(delta, dim=(1, 2, 3))).clamp(0, 1)
+
+
+def bump_grid(x: Tensor, eps: float) -> Tensor:
+    """Where Square starts under L2: 5 x 5 pairs of bumps, in the middle of the image."""
+    height, width = x.shape[2:]
+    side = max(min(height, width) // 5, 1)
+    tall, wide = height - height % side, width - width % side
+    tiles = random_bumps((tall // side, wide // side), side, x).transpose(3, 4).reshape(*x.shape[:2], tall, wide)
+    top, left = (height - tall) // 2, (width - wide) // 2
+    return onto_sphere(x, F.pad(tiles, (left, width - wide - left, top, height - tall - top)), eps)
+
+
+def move_bumps(x: Tensor, x_best: Tensor, p: float, eps: float) -> Tensor:
+    """Square's L2 proposal: a window is emptied, and its norm, with what eps leaves over, goes to bumps in another."""
+    side = square_side(x, p, least=3)
+    side = min(side + 1 - side % 2, *x.shape[2:])  # odd
+    delta = x_best - x
+    here, there = random_window(x, side), random_window(x, side)
+    freed = (delta * (here | there)).square().sum((2, 3), keepdim=True)
+    unused = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp(min=0)
+    old = delta[here.expand_as(delta)].view(*x.shape[:2], side, side)
+    new = F.normalize(old, dim=(2, 3)) + random_bumps((1, 1), side, x)[:, :, 0, 0]
+    new = F.normalize(new, dim=(2, 3)) * (freed + unused / x.shape[1]).sqrt()
+    return onto_sphere(x, delta.masked_fill(there, 0).masked_scatter(here, new), eps)
+
+
+@torch.no_grad()
+def square(
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", queries: int = 5000, p_init: float = 0.8
+) -> Tensor:
+    """Square (Andriushchenko et al. 2020), Linf or L2, with AutoAttack's settings (Croce & Hein 2020).
+
+    Random search on the margin of the logits: a window is changed, and stays so where that raises the margin. It
+    covers the share p of the image, which is halved as the search goes on. Each image has its own windows. A proposal
+    that changes nothing (a window that has that sign already) counts as an iteration, but its query is not made.
+    """
+    start, propose = {"linf": (stripes, recolor_window), "l2": (bump_grid, move_bumps)}[norm]
+    x_adv, active = x.clone(), torch.arange(len(x), device=x.device)
+    x_best, best = x, torch.full_like(x[:, 0, 0, 0], -math.inf)
+    for i in range(queries):
+        halvings = sum(10_000 * (i - 1) // queries > when for when in SQUARE_HALVINGS)
+        x_new = propose(x, x_best, p_init / 2**halvings, eps) if i else start(x, eps)
+        changed = (x_new != x_best).flatten(1).any(1).nonzero().flatten()
+        if not len(changed):
+            continue
+        x_asked, y_asked = x_new[changed], y[changed]
+        logits = model(x_asked)
+        margin = cw_margin(logits, y_asked)
+        better = margin > best[changed]
+        best[changed] = torch.where(better, margin, best[changed])
+        x_best = x_best.index_copy(0, changed[better], x_asked[better])
+        wrong = common.fooled(model, x_asked, logits, y_asked)
+        if wrong.any():
+            done = changed[wrong]
+            x_adv[active[done]] = x_asked[wrong]
+            keep = torch.ones_like(active, dtype=torch.bool).index_fill(0, done, False)
+            active, x, y, x_best, best = (state[keep] for state in (active, x, y, x_best, best))
+            if not len(active):
+                break
+    x_adv[active] = x_best
+    return x_adv
+
+
+PROBES = 256  # images in a forward pass of the gradient estimates, or twice the batch where that is more
+
+
+def directional_slopes(model: nn.Module, x: Tensor, y: Tensor, directions: Tensor, sigma: float) -> Tensor:
+    """The margin's slope along each of n directions (n, B, C, H, W), (n, B), by central differences of step sigma.
+
+    Two queries a direction. Float32 logits near 10 are rounded by about 1e-6, so a slope is off by about 1e-6 / sigma:
+    0.001 at sigma 0.001, 0.01 at ZOO's 1e-4, where slopes of single pixels are no larger. bfloat16 would leave nothing.
+    """
+    step = sigma * directions
+    probes = torch.stack([x + step, x - step]).flatten(0, 2)
+    margin = cw_margin(model(probes), y.repeat(2 * len(directions))).view(2, *directions.shape[:2])
+    slopes = (margin[0] - margin[1]) / (2 * sigma)
+    if not slopes.isfinite().all():
+        raise common.UserError("the logits near the images are not finite, so an estimated gradient proves nothing")
+    return slopes
+
+
+def estimate_gradient(
+    model: nn.Module, x: Tensor, y: Tensor, draw: Callable[[Tensor], Tensor], q: int, sigma: float
+) -> Tensor:
+    """The gradient of the margin, (B, C, H, W), from q random directions and their opposites: 2 q queries (HE, Eq. 23).
+
+    draw(u) fills a tensor with directions whose covariance is the identity, so the mean is right to O(sigma^2).
+    """
+    grad = torch.zeros_like(x)
+    for part in torch.arange(q).split(max(PROBES // (2 * len(x)), 1)):
+        directions = draw(x.new_empty(len(part), *x.shape))
+        grad += torch.einsum("nb,nbchw->bchw", directional_slopes(model, x, y, directions, sigma), directions)
+    return grad / q
+
+
+@torch.no_grad()
+def estimated_bim(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    draw: Callable[[Tensor], Tensor],
+    eps: float,
+    steps: int = 80,
+    step_size: float = 0.01,
+    q: int = 128,
+    sigma: float = 0.001,
+) -> Tensor:
+    """BIM on the margin of the logits by an estimated gradient (HE, Sec. B.2): steps * (2 q + 1) queries.
+
+    The papers give two updates: Adam (Uesato et al. 2018) and the projected sign step of HE, Eq. 18, for both attacks.
+    Ours is the second, which Table 8 of HE reports; the learning rate 0.01 and the 80 steps of Angular-AT are its step
+    size and its steps. As in Eq. 23, q counts pairs: 128 of them are 256 queries, and one more sees if it is fooled.
+    """
+    x_adv, active = x.clone(), torch.arange(len(x), device=x.device)
+    for _ in range(steps):
+        logits = model(x_adv[active])
+        active = active[~common.fooled(model, x_adv[active], logits, y[active])]
+        if not len(active):
+            break
+        x_now = x_adv[active]
+        grad = estimate_gradient(model, x_now, y[active], draw, q, sigma)
+        x_adv[active] = common.project(x_now + step_size * grad.sign(), x[active], eps, "linf")
+    return x_adv
+
+
+def spsa(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
+    """Uesato et al. 2018, as in HE, Sec. B.2: `estimated_bim` along Rademacher directions, every pixel +1 or -1."""
+    return estimated_bim(model, x, y, draw=lambda u: random_sign(u.shape, u), **budget)
+
+
+def nes(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
+    """Ilyas et al. 2018, as in HE, Sec. B.2: `estimated_bim` along Gaussian directions."""
+    return estimated_bim(model, x, y, draw=Tensor.normal_, **budget)
+
+
+def coordinate_slopes(model: nn.Module, x: Tensor, y: Tensor, places: Tensor, sigma: float) -> Tensor:
+    """The margin's slope at n pixels of each image, (B, n), for `places` (B, n) among its C * H * W: 2 n queries."""
+    slopes = []
+    for part in places.T.split(max(PROBES // (2 * len(x)), 1)):
+        directions = x.new_zeros(*part.shape, x[0].numel()).scatter_(2, part[:, :, None], 1)
+        slopes.append(directional_slopes(model, x, y, directions.view(*part.shape, *x.shape[1:]), sigma))
+    return torch.cat(slopes).T
+
+
+@torch.no_grad()
+def zoo(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    queries: int = 20_000,
+    coordinates: int = 128,
+    sigma: float = 1e-4,
+) -> Tensor:
+    """ZOO (Chen et al. 2017; sigma and queries of HE, Sec. B.2): Adam on single pixels by central differences.
+
+    HE's Eq. 21 also weighs the L2 distance; in a Linf ball its hinge alone is maximized, clipped to the ball, which HE
+    gives as the Linf form of C&W. (The hinge is the margin: where it would be 0 the image is done.) As in the authors'
+    code, `coordinates` random pixels are estimated at the same image and stepped together, HE's one at a time; each
+    keeps its own moments and count. Adam's rate is eps / 3: their 0.01 at 8/255, where the three steps that 20,000
+    queries pay for at each pixel of CIFAR-10 cross from the image to the edge of the ball.
+    """
+    size, rate, decay1, decay2 = x[0].numel(), eps / 3, 0.9, 0.999
+    low, high = (x - eps).clamp(min=0).flatten(1), (x + eps).clamp(max=1).flatten(1)
+    flat, active = x.flatten(1).clone(), torch.arange(len(x), device=x.device)
+    moment1, moment2, count = torch.zeros_like(flat), torch.zeros_like(flat), torch.zeros_like(flat)
+    while queries:
+        x_now = flat[active].view(-1, *x.shape[1:])
+        still = ~common.fooled(model, x_now, model(x_now), y[active])
+        active, x_now = active[still], x_now[still]
+        n = min(coordinates, size, (queries - 1) // 2)
+        queries -= 1 + 2 * n
+        if not n or not len(active):
+            break
+        places = torch.rand(len(active), size, device=x.device).topk(n).indices
+        slope = coordinate_slopes(model, x_now, y[active], places, sigma)
+        at = active[:, None], places
+        count[at] += 1
+        moment1[at] = decay1 * moment1[at] + (1 - decay1) * slope
+        moment2[at] = decay2 * moment2[at] + (1 - decay2) * slope.square()
+        mean, square_mean = moment1[at] / (1 - decay1 ** count[at]), moment2[at] / (1 - decay2 ** count[at])
+        flat[at] = (flat[at] + rate * mean / (square_mean.sqrt() + 1e-8)).clamp(low[at], high[at])
+    return flat.view_as(x)
+
+
+@torch.no_grad()
+def rays(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int = 10_000) -> Tensor:
+    """RayS (Chen & Gu 2020): the sign vector along which the boundary is nearest in Linf, from labels alone.
+
+    The signs of one block of pixels after the other are flipped: the whole image, halves, quarters, down to pixels. A
+    flip is asked at the best radius so far, and only if the image is fooled there its own radius is searched by
+    bisection (to 1e-3 in L2). An image is done once fooled within eps. Each query moves every image on by one step of
+    its own search, so that all of them share each forward pass.
+    """
+    size = x[0].numel()
+    place, tolerance = torch.arange(size, device=x.device), 1e-3 / math.sqrt(size)
+    x_adv, active = x.clone(), torch.arange(len(x), device=x.device)
+    signs = ray = torch.ones_like(x).flatten(1)  # of the best direction, and of the one that is being searched
+    best = high = torch.ones_like(ray[:, 0])  # radii: at 1 every image is in a corner of [0, 1]
+    low, fresh = torch.zeros_like(best), torch.ones_like(active, dtype=torch.bool)
+    start, length = torch.zeros_like(active), torch.full_like(active, size)  # of the next block to flip
+    for _ in range(queries):
+        radius = torch.where(fresh, best, (low + high) / 2)
+        x_new = (x + (radius[:, None] * ray).view_as(x)).clamp(0, 1)
+        wrong = common.fooled(model, x_new, model(x_new), y)
+        low, high = torch.where(wrong, low, radius), torch.where(wrong, radius, high)
+        fresh = high - low <= tolerance  # also where it was not fooled at the best radius: low = high = best
+        nearer = fresh & (high < best)
+        signs, best = torch.where(nearer[:, None], ray, signs), torch.where(nearer, high, best)
+        block = (place >= start[:, None]) & (place < (start + length)[:, None])
+        ray = torch.where(fresh[:, None], torch.where(block, -signs, signs), ray)
+        low, high = torch.where(fresh, 0, low), torch.where(fresh, best, high)
+        start = torch.where(fresh, start + length, start)
+        length = torch.where(start < size, length, (length + 1) // 2)
+        start = torch.where(start < size, start, 0)
+        done = wrong & (radius <= eps)
+        if done.any():
+            x_adv[active[done]] = x_new[done]
+            state = (active, x, y, signs, ray, best, low, high, fresh, start, length)
+            active, x, y, signs, ray, best, low, high, fresh, start, length = (each[~done] for each in state)
+            if not len(active):
+                break
+    x_adv[active] = (x + eps * signs.view_as(x)).clamp(0, 1)
+    return x_adv
+
+
+# ------------------------------------------------------------------------------------------------------- autoattack
+
+
+def autoattack(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf") -> Tensor:
+    """The standard AutoAttack of Croce & Hein 2020: APGD-CE, APGD-T, FAB-T and Square, with its order and budgets, each
+    on the images that still stand."""
+    x_adv, standing = x.clone(), torch.arange(len(x), device=x.device)
+    for attack in (apgd, apgd_targeted, fab_targeted, square):
+        tried = attack(model, x[standing], y[standing], eps=eps, norm=norm)
+        inside = common.lengths(tried - x[standing], norm).flatten() <= eps + TOLERANCE
+        beaten = inside & common.fooled(model, tried, predict_logits(model, tried), y[standing])
+        x_adv[standing[beaten]], standing = tried[beaten], standing[~beaten]
+        if not len(standing):
+            break
+    return x_adv
 
 
 def autoattack_official(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
@@ -138,34 +735,78 @@ ATTACKS: dict[str, Attack] = {
     "adaptive-pgd-20": partial(adaptive_pgd, steps=20),
     "adaptive-pgd-500": partial(adaptive_pgd, steps=500),
     "cw-inf": partial(cw_inf, steps=20),
+    "mta-100": partial(mta, steps=100),
+    "feature": partial(feature, steps=50),
+    "apgd-ce": partial(apgd, steps=100),
+    "apgd-t": partial(apgd_targeted, steps=100),
+    "fab-t": partial(fab_targeted, steps=100),
+    "deepfool": partial(deepfool, steps=50),
+    "cw-l2": partial(cw_l2, steps=1000),
+    "square": square,
+    "spsa-20": partial(spsa, steps=20),
+    "spsa-80": partial(spsa, steps=80),
+    "nes-20": partial(nes, steps=20),
+    "nes-80": partial(nes, steps=80),
+    "zoo": zoo,
+    "rays": rays,
+    "autoattack": autoattack,
     "autoattack-official": autoattack_official,
 }
-START_AT_RANDOM = (noise, pgd, pgd_scaled, adaptive_pgd, cw_inf)  # --restarts runs these again
+START_AT_RANDOM = (noise, pgd, pgd_scaled, adaptive_pgd, cw_inf, mta, apgd, apgd_targeted)  # --restarts repeats these
+BLACK_BOX = (square, spsa, nes, zoo, rays)
+NEAREST = (fab_targeted, deepfool, cw_l2)  # their result may lie outside the ball, and then counts as no success
+IN_BFLOAT16 = (
+    fgsm,
+    bim,
+    mim,
+    pgd,
+    pgd_scaled,
+    adaptive_pgd,
+    cw_inf,
+    mta,
+    feature,
+    apgd,
+    apgd_targeted,
+    square,
+    autoattack,
+)
 PRESETS = {
     "quick": ["clean", "noise", "fgsm", "pgd-20", "pgd-20-scaled", "cw-inf"],
     "paper": ["clean", "fgsm", "mim-20", "pgd-20", "pgd-500", "cw-inf", "adaptive-pgd-20", "adaptive-pgd-500"],
     "all": list(ATTACKS),
 }
-THREAT = {  # (eps, step size) of the papers' evaluations; digits is ours
-    "digits": (0.1, 0.01),
-    "mnist": (0.3, 0.01),
-    "cifar10": (0.031, 0.003),
-    "cifar100": (0.031, 0.003),
-    "tiny-imagenet": (0.031, 0.003),
-    "imagenet": (4 / 255, 1 / 255),
-    None: (8 / 255, 2 / 255),
+THREAT = {  # Linf eps and step size, L2 eps, of the papers' evaluations; digits is ours
+    "digits": (0.1, 0.01, 0.5),
+    "mnist": (0.3, 0.01, 3.0),
+    "cifar10": (0.031, 0.003, 1.0),
+    "cifar100": (0.031, 0.003, 1.0),
+    "tiny-imagenet": (0.031, 0.003, 1.0),
+    "imagenet": (4 / 255, 1 / 255, 1.0),
+    None: (8 / 255, 2 / 255, 1.0),
 }
 GET_AUTOATTACK = "autoattack-official needs a package: pip install git+https://github.com/fra31/auto-attack"
+
+
+def function_of(attack: Attack) -> Callable[..., Tensor]:
+    return getattr(attack, "func", attack)
 
 
 def steps_of(attack: Attack) -> int | None:
     return getattr(attack, "keywords", {}).get("steps")
 
 
-def step_size(known: str | None, eps: float, steps: int) -> float:
+def takes(attack: Attack, option: str) -> bool:
+    """Whether the attack has this option without a value of its own for it; `**budget` takes all that PGD does."""
+    parameters = inspect.signature(function_of(attack)).parameters
+    if option in parameters:
+        return option == "norm" or parameters[option].default is inspect.Parameter.empty
+    return "budget" in parameters
+
+
+def default_step_size(known: str | None, eps: float, steps: int, norm: str) -> float:
     """The papers' step size where it can cross the ball in `steps`, else 2.5 * eps / steps (Madry et al. 2018)."""
     papers = THREAT[known][1]
-    return papers if papers * steps > 1.9 * eps else 2.5 * eps / steps
+    return papers if norm == "linf" and papers * steps > 1.9 * eps else 2.5 * eps / steps
 
 
 def find_attack(name: str) -> Attack:
@@ -214,58 +855,169 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
-def check_ball(name: str, x_adv: Tensor, x: Tensor, eps: float) -> None:
+def check_ball(name: str, x_adv: Tensor, x: Tensor, eps: float, norm: str) -> None:
     """An image outside the ball or the range would make a figure worthless: raises UserError."""
-    tolerance = 1e-6
-    distance = float((x_adv - x).abs().max())
-    if not distance <= eps + tolerance:
+    distance = float(common.lengths(x_adv - x, norm).max())
+    if not distance <= eps + TOLERANCE:
         raise common.UserError(f"attack {name} left the ball: distance {distance:.6g}, eps {eps:.6g}")
-    if float(x_adv.min()) < -tolerance or float(x_adv.max()) > 1 + tolerance:
-        raise common.UserError(f"attack {name} left [0, 1]: {float(x_adv.min()):.6g} to {float(x_adv.max()):.6g}")
+    check_range(name, x_adv)
 
 
-def survivors(
-    model: nn.Module, name: str, attack: Attack, x: Tensor, y: Tensor, right: Tensor, settings: dict
-) -> tuple[Tensor, int]:
-    """Which images, among those that are `right` (N,) clean, stay so under the attack; and how many faults it met."""
-    torch.manual_seed(settings["seed"])  # so that no attack depends on which others ran before it
-    budget = {"eps": settings["eps"]}
-    if steps := steps_of(attack):
+def check_range(name: str, x_adv: Tensor) -> None:
+    low, high = float(x_adv.min()), float(x_adv.max())
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
+        raise common.UserError(f"attack {name} left [0, 1]: {low:.6g} to {high:.6g}")
+
+
+def identity(model: nn.Module, x: Tensor, y: Tensor, settings: dict) -> str:
+    """A digest of all that verdicts depend on, apart from the list of attacks: weights, images, settings."""
+    digest = hashlib.sha256(json.dumps({k: v for k, v in settings.items() if k != "command"}).encode())
+    for tensor in (*model.state_dict().values(), x, y):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Journal:
+    """The finished pieces of an evaluation, on disk, so that an interrupted one goes on where it stopped.
+
+    `identity` stands for all that the pieces depend on: those of another evaluation are not taken up.
+    """
+
+    def __init__(self, path: Path | None = None, identity: str = ""):
+        self.path, self.identity, self.pieces, self.written = path, identity, {}, time.monotonic()
+        if path and path.exists():
+            content = common.read_file(path)
+            if content.get("identity") == identity:
+                self.pieces = content["pieces"]
+                print(f"going on with {len(self.pieces)} finished batches of {path}", file=sys.stderr)
+
+    def piece(self, key: str, make: Callable[[], dict]) -> dict:
+        if key not in self.pieces:
+            self.pieces[key] = make()
+            if time.monotonic() - self.written > 2:
+                self.write()
+        return self.pieces[key]
+
+    def write(self) -> None:
+        if self.path:
+            content = {"identity": self.identity, "pieces": self.pieces}
+            common.write_atomically(self.path, lambda file: torch.save(content, file))
+            self.written = time.monotonic()
+
+    def close(self) -> None:
+        if self.path:
+            self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def crafting(model: nn.Module, attack: Attack, amp: bool) -> Iterator[list[int]]:
+    """Frozen parameters, bfloat16 where it is wanted and the attack bears it; gives the passes counted meanwhile."""
+    passes = [0]
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        passes[0] += len(inputs[0])
+
+    hook, in_bfloat16 = model.register_forward_hook(count), isinstance(model, models.Classifier)
+    if in_bfloat16:
+        model.amp = amp and function_of(attack) in IN_BFLOAT16
+    try:
+        with common.attack_mode(model):
+            yield passes
+    finally:
+        hook.remove()
+        if in_bfloat16:
+            model.amp = False
+
+
+def threat(attack: Attack, settings: dict) -> dict:
+    """The norm and eps of the attack: those of the evaluation, except that C&W-L2 has its own."""
+    if function_of(attack) is cw_l2 and settings["norm"] != "l2":
+        return {"norm": "l2", "eps": THREAT[settings["known"]][2]}
+    return {"norm": settings["norm"], "eps": settings["eps"]}
+
+
+def budget(name: str, attack: Attack, settings: dict) -> dict:
+    """What the attack is called with: eps and, where it takes them, norm and step_size."""
+    within = threat(attack, settings)
+    options, steps = {"eps": within["eps"]}, steps_of(attack)
+    if takes(attack, "norm"):
+        options["norm"] = within["norm"]
+    elif within["norm"] != "linf" and function_of(attack) not in (clean, cw_l2):
+        raise common.UserError(f"attack {name} knows the Linf ball alone")
+    if steps and takes(attack, "step_size"):
         chosen = settings["step_size"]
-        budget["step_size"] = step_size(settings["known"], settings["eps"], steps) if chosen is None else chosen
-    restarts = settings["restarts"] if getattr(attack, "func", attack) in START_AT_RANDOM else 1
-    right, faults = right.clone(), 0
-    for _ in range(restarts):
-        standing = right.nonzero().flatten()
-        for first in range(0, len(standing), settings["batch_size"]):
-            rows = standing[first : first + settings["batch_size"]]
-            try:
-                x_adv = attack(model, x[rows], y[rows], **budget)
-            except (common.UserError, RuntimeError) as error:
-                raise common.UserError(f"attack {name} failed: {error}") from error
-            check_ball(name, x_adv, x[rows], settings["eps"])
-            prediction = predict(model, x_adv)
-            right[rows] = prediction == y[rows]
-            faults += int((prediction < 0).sum())
-    return right, faults
+        options["step_size"] = default_step_size(settings["known"], within["eps"], steps, within["norm"])
+        options["step_size"] = options["step_size"] if chosen is None else chosen
+    return options
 
 
-def evaluate(model: nn.Module, attacks: dict[str, Attack], x: Tensor, y: Tensor, settings: dict) -> dict:
+def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tensor, settings: dict) -> dict:
+    """One attack on one batch, judged: `right` and `distance` (B,) to the misclassified image, `passes`, `faults`."""
+    within, start = threat(attack, settings), time.perf_counter()
+    try:
+        with crafting(model, attack, settings["amp"]) as passes:
+            x_adv = attack(model, x, y, **budget(name, attack, settings)).detach()
+    except (common.UserError, RuntimeError) as error:
+        raise common.UserError(f"attack {name} failed: {error}") from error
+    distance = common.lengths(x_adv - x, within["norm"]).flatten()
+    if function_of(attack) in NEAREST:
+        check_range(name, x_adv)
+    else:
+        check_ball(name, x_adv, x, **within)
+    prediction = predict(model, x_adv)
+    return {
+        "right": (prediction == y) | (distance > within["eps"] + TOLERANCE),
+        "distance": torch.where(prediction == y, math.inf, distance),
+        "passes": passes[0],
+        "faults": int((prediction < 0).sum()),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def run_attack(
+    model: nn.Module, name: str, attack: Attack, x: Tensor, y: Tensor, right: Tensor, settings: dict, journal: Journal
+) -> dict:
+    """The attack on those images that are `right` (N,) clean, with its restarts, batch by batch."""
+    outcome = {
+        "right": right.clone(),
+        "attacked": right,
+        "distance": torch.full(right.shape, math.inf),
+        **threat(attack, settings),
+    }
+    outcome |= {"passes": 0, "faults": 0, "seconds": 0.0}
+    for restart in range(settings["restarts"] if function_of(attack) in START_AT_RANDOM else 1):
+        standing = outcome["right"].nonzero().flatten()
+        for batch, rows in enumerate(standing.split(settings["batch_size"]) if len(standing) else ()):
+            key = f"{name}/{restart}/{batch}"
+            torch.manual_seed(zlib.crc32(f"{settings['seed']}/{key}".encode()))  # whatever ran before
+            piece = journal.piece(key, partial(attack_batch, name, attack, model, x[rows], y[rows], settings))
+            outcome["right"][rows] = piece["right"].to(right.device)
+            outcome["distance"][rows.cpu()] = torch.minimum(outcome["distance"][rows.cpu()], piece["distance"].cpu())
+            for total in ("passes", "faults", "seconds"):
+                outcome[total] += piece[total]
+    journal.write()
+    return outcome
+
+
+def evaluate(
+    model: nn.Module, attacks: dict[str, Attack], x: Tensor, y: Tensor, settings: dict, journal: Journal | None = None
+) -> dict:
     """Run the attacks on images x (N, C, H, W) in [0, 1] with labels y (N,).
 
-    settings: known (dataset), eps, step_size (None: by attack), restarts, batch_size, seed. Returns `prediction` (N,),
-    `right` {attack: bool (N,)}, `seconds` and `faults` {attack: count of images whose logits were not finite}.
+    settings: known (dataset), norm, eps, step_size (None: by attack), restarts, batch_size, seed, amp. Returns
+    `prediction` (N,), in float32, and `attacks`, for each of them `attacked` (N,), right clean, `right` (N,) under it,
+    `distance` (N,) to the misclassified image (inf: none), norm, eps, passes, faults (logits not finite) and seconds.
     """
     model.eval()
+    journal = journal or Journal()
     prediction = torch.cat([predict(model, part) for part in x.split(settings["batch_size"])])
-    right, seconds, faults = {}, {}, {}
+    outcomes = {}
     for name, attack in attacks.items():
-        start = time.perf_counter()
-        right[name], faults[name] = survivors(model, name, attack, x, y, prediction == y, settings)
-        seconds[name] = time.perf_counter() - start
-        print(f"  {name:<20} {100 * right[name].float().mean():6.2f} %  {seconds[name]:8.1f} s", file=sys.stderr)
-    faults["clean"] += int((prediction < 0).sum())
-    return {"prediction": prediction, "right": right, "seconds": seconds, "faults": faults}
+        outcomes[name] = run_attack(model, name, attack, x, y, prediction == y, settings, journal)
+        accuracy, seconds = 100 * outcomes[name]["right"].float().mean(), outcomes[name]["seconds"]
+        print(f"  {name:<20} {accuracy:6.2f} %  {seconds:8.1f} s", file=sys.stderr)
+    outcomes["clean"]["faults"] += int((prediction < 0).sum())
+    return {"prediction": prediction, "attacks": outcomes}
 
 
 # ----------------------------------------------------------------------------------------------------------- models
@@ -391,22 +1143,34 @@ def check_fit(name: str, model: nn.Module, data: common.Data, device: str) -> No
 # ---------------------------------------------------------------------------------------------------------- reports
 
 
+def accuracy_of(right: Tensor) -> dict:
+    """right, n, accuracy and its 95 % interval, in %, for verdicts (N,)."""
+    count, n = int(right.sum()), len(right)
+    low, high = wilson(count, n)
+    return {"right": count, "n": n, "accuracy": 100 * count / n, "low": low, "high": high}
+
+
+def row(outcome: dict) -> dict:
+    """What eval.json says of one attack: queries are forward passes an image that was right clean, median_distance is
+    over these images, None where most were not fooled."""
+    attacked = outcome["attacked"].cpu()
+    distance = sorted(outcome["distance"][attacked].tolist()) or [math.inf]
+    median = distance[len(distance) // 2]
+    return accuracy_of(outcome["right"]) | {
+        "norm": outcome["norm"],
+        "eps": outcome["eps"],
+        "seconds": outcome["seconds"],
+        "not_finite": outcome["faults"],
+        "queries": outcome["passes"] / max(int(attacked.sum()), 1),
+        "median_distance": median if math.isfinite(median) else None,
+    }
+
+
 def report(name: str, meta: dict, outcome: dict, settings: dict) -> dict:
     """What eval.json says of one model."""
-    right = {attack: verdict.cpu().numpy() for attack, verdict in outcome["right"].items()}
-    right["worst case"] = np.logical_and.reduce(list(right.values()))
-    rows = {}
-    for attack, verdict in right.items():
-        low, high = wilson(int(verdict.sum()), len(verdict))
-        rows[attack] = {
-            "right": int(verdict.sum()),
-            "n": len(verdict),
-            "accuracy": 100 * float(verdict.mean()),
-            "low": low,
-            "high": high,
-            "seconds": outcome["seconds"].get(attack),
-            "not_finite": outcome["faults"].get(attack, 0),
-        }
+    rows = {name: row(attack) for name, attack in outcome["attacks"].items()}
+    same = [attack["right"] for attack in outcome["attacks"].values() if attack["norm"] == settings["norm"]]
+    rows["worst case"] = accuracy_of(torch.stack(same).all(0))
     kept = {key: meta[key] for key in ("checkpoint", "method", "epoch", "model_options", "args") if key in meta}
     return {"model": name, **settings, **kept, "attacks": rows}
 
@@ -417,7 +1181,22 @@ def interval(row: dict) -> str:
 
 def heading(result: dict) -> str:
     n = result["attacks"]["clean"]["n"]
-    return f"{result['dataset']}, n = {n} test images, Linf eps {result['eps']:.4g}; in brackets the 95 % interval"
+    norm = {"linf": "Linf", "l2": "L2"}[result["norm"]]
+    return f"{result['dataset']}, n = {n} test images, {norm} eps {result['eps']:.4g}; in brackets the 95 % interval"
+
+
+def remark(name: str, row: dict, result: dict) -> str:
+    """What the columns do not say: queries of a black-box attack, distances, a norm and eps of its own."""
+    if name == "worst case":
+        return ""
+    attack, remarks = function_of(find_attack(name)), []
+    if row["norm"] != result["norm"]:
+        remarks.append(f"{row['norm']}, eps {row['eps']:g}: not in the worst case")
+    if attack in BLACK_BOX:
+        remarks.append(f"{row['queries']:.0f} queries an image")
+    if attack in NEAREST and row["median_distance"] is not None:
+        remarks.append(f"median distance {row['median_distance']:.4g}")
+    return "; ".join(remarks)
 
 
 def print_report(result: dict) -> None:
@@ -425,12 +1204,13 @@ def print_report(result: dict) -> None:
     worst = rows["worst case"]
     print(f"\n{result['model']} on {heading(result)}")
     print(f"worst case over all attacks {worst['accuracy']:.2f} % ({interval(worst)})")
-    print(f"\n{'attack':<20} {'accuracy':>9} {'95 % interval':>16} {'right/n':>12} {'seconds':>9}")
+    print(f"\n{'attack':<20} {'accuracy':>9} {'95 % interval':>16} {'right/n':>12} {'seconds':>9}  remarks")
     for attack, row in rows.items():
         share = f"{row['right']}/{row['n']}"
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
-        print(f"{attack:<20} {row['accuracy']:9.2f} {interval(row):>16} {share:>12} {seconds:>9}")
-        if row["not_finite"]:
+        seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
+        line = f"{attack:<20} {row['accuracy']:9.2f} {interval(row):>16} {share:>12} {seconds:>9}"
+        print(f"{line}  {remark(attack, row, result)}".rstrip())
+        if row.get("not_finite"):
             print(f"FAULT: logits that are not finite on {row['not_finite']} images under {attack}; counted as wrong")
 
 
@@ -450,7 +1230,7 @@ def write_results(out: Path, results: list[dict]) -> None:
     """eval.json, eval.csv and eval.png for one model or for a comparison."""
     text = json.dumps(results[0] if len(results) == 1 else results, indent=2)
     common.write_atomically(out / "eval.json", lambda file: file.write(text), "w")
-    fields = ["model", "attack", "right", "n", "accuracy", "low", "high", "seconds", "not_finite"]
+    fields = ["model", "attack", *results[0]["attacks"]["clean"]]
     rows = [{"model": r["model"], "attack": attack, **row} for r in results for attack, row in r["attacks"].items()]
 
     def write_csv(file: object) -> None:
@@ -463,7 +1243,8 @@ def write_results(out: Path, results: list[dict]) -> None:
 
 
 def write_verdicts(out: Path, index: Tensor, y: Tensor, outcome: dict) -> None:
-    arrays = {"index": index, "label": y, "clean_prediction": outcome["prediction"], **outcome["right"]}
+    verdicts = {name: attack["right"] for name, attack in outcome["attacks"].items()}
+    arrays = {"index": index, "label": y, "clean_prediction": outcome["prediction"], **verdicts}
     arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
     common.write_atomically(out / "verdicts.npz", lambda file: np.savez_compressed(file, **arrays))
 
@@ -489,7 +1270,7 @@ def plot_results(results: list[dict], path: Path) -> None:
     axis.set(yticks=range(len(attacks)), yticklabels=attacks, xlim=(0, 110), ylim=(len(attacks) - 0.5, -0.5))
     first = results[0]
     n = first["attacks"]["clean"]["n"]
-    axis.set_xlabel(f"accuracy (%), 95 % interval; {first['dataset']}, n = {n}, Linf eps {first['eps']:.3g}")
+    axis.set_xlabel(f"accuracy (%), 95 % interval; {first['dataset']}, n = {n}, {first['norm']} eps {first['eps']:.3g}")
     if len(results) > 1:
         figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -510,15 +1291,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--dataset", metavar="NAME_OR_NPZ", help="(default: what the checkpoint was trained on)")
     flag("--data-dir", help="(default: as in training)")
     flag("--n", type=number(int, 1), help="test images, a seeded choice (default: all)")
-    flag(
-        "--eps",
-        type=number(float, 0, 1),
-        help="(default: the papers': mnist 0.3, cifar and tiny 0.031, imagenet 4/255)",
-    )
+    flag("--norm", choices=("linf", "l2"), default="linf", help="of the ball (default: linf)")
+    flag("--eps", type=number(float, 0), help="(default: the papers': mnist 0.3, cifar 0.031; L2: mnist 3, cifar 1)")
     flag("--step-size", type=number(float, 0, 1), help="(default: the papers' where it crosses the ball in N steps)")
     flag("--restarts", type=number(int, 1), default=1, help="of the attacks that start at random (default: 1)")
     flag("--batch-size", type=number(int, 1), default=250, help="(default: 250)")
     flag("--seed", type=number(int, 0, 2**63), default=0, help="(default: 0)")
+    on_off = argparse.BooleanOptionalAction
+    flag("--amp", action=on_off, help="craft in bfloat16, judge in float32 (default: where the device has it natively)")
     flag("--device", type=common.device_flag, default=common.default_device(), help="(default: %(default)s)")
     flag("--out", help="(default: an eval folder beside the checkpoint; for several models ./eval)")
     group = parser.add_argument_group("for a bare state dict")
@@ -527,7 +1307,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--head", default="linear", choices=("linear", "he", "mhe"), help="(default: linear)")
     flag("--scale", type=number(float, 0), help="s of the training loss (default: 15, for linear 1)")
     flag("--margin", type=number(float, 0), help="m of the training loss (default: he 0.2, mhe 0.1, linear 0)")
-    on_off = argparse.BooleanOptionalAction
     flag("--normalize", action=on_off, help="CIFAR-10 mean and std in the network (default: on for he and mhe)")
     return parser.parse_args(argv)
 
@@ -551,11 +1330,13 @@ def main(argv: list[str] | None = None) -> None:
     settings = {
         "dataset": data.name,
         "known": data.known,
-        "eps": THREAT[data.known][0] if args.eps is None else args.eps,
+        "norm": args.norm,
+        "eps": THREAT[data.known][0 if args.norm == "linf" else 2] if args.eps is None else args.eps,
         "step_size": args.step_size,
         "restarts": args.restarts,
         "batch_size": args.batch_size,
         "seed": args.seed,
+        "amp": common.computes_bf16(args.device) if args.amp is None else args.amp,
         "device": args.device,
         "torch": str(torch.__version__),
         "command": shlex.join(["python", "eval_all.py", *(sys.argv[1:] if argv is None else argv)]),
@@ -570,10 +1351,12 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for (name, model, meta), folder in zip(found, folders, strict=True):
         print(f"{name}: {len(attacks)} attacks on {len(y)} images", file=sys.stderr)
-        outcome = evaluate(model, attacks, x, y, settings)
+        journal = Journal(folder / "unfinished.pt", identity(model, x, y, settings))
+        outcome = evaluate(model, attacks, x, y, settings, journal)
         results.append(report(name, meta, outcome, settings))
         write_verdicts(folder, index, y, outcome)
         write_results(folder, results[-1:])
+        journal.close()
         print_report(results[-1])
     if len(results) > 1:
         write_results(out, results)

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -45,15 +46,32 @@ def test_every_linf_attack_reaches_the_optimum_of_a_linear_model(linear_model, n
     torch.testing.assert_close(x_adv, closed_form(model, x, y, 0.1))
 
 
-@pytest.mark.parametrize("name", [name for name in eval_all.ATTACKS if "official" not in name and "500" not in name])
+def short(name):
+    """The attack with a budget for a test."""
+    attack, few = eval_all.find_attack(name), {"square": 30, "zoo": 300, "rays": 40}
+    if name in few:
+        return partial(attack, queries=few[name])
+    if name == "cw-l2":
+        return partial(attack, steps=20, searches=2)
+    if name == "feature":
+        return partial(attack, steps=3, images=2)
+    return partial(attack, steps=min(eval_all.steps_of(attack), 5)) if eval_all.steps_of(attack) else attack
+
+
+@pytest.mark.parametrize("name", [name for name in eval_all.ATTACKS if "auto" not in name and "500" not in name])
 def test_attacks_stay_in_the_ball_and_the_range_and_keep_the_model(small_model, name):
     x, y = torch.rand(6, 1, 8, 8), torch.arange(6)
     x[0], x[1] = 0.0, 1.0
     small_model.train()
     before = {key: value.clone() for key, value in small_model.state_dict().items()}
-    options = {"step_size": 0.03} if eval_all.steps_of(eval_all.ATTACKS[name]) else {}
-    x_adv = eval_all.find_attack(name)(small_model, x, y, eps=0.1, **options)
-    eval_all.check_ball(name, x_adv, x, 0.1)
+    attack = short(name)
+    options = {"step_size": 0.03} if eval_all.takes(attack, "step_size") else {}
+    with common.attack_mode(small_model):
+        x_adv = attack(small_model, x, y, eps=0.1, **options)
+    if eval_all.function_of(eval_all.ATTACKS[name]) in eval_all.NEAREST:
+        eval_all.check_range(name, x_adv)
+    else:
+        eval_all.check_ball(name, x_adv, x, 0.1, "linf")
     assert x_adv.shape == x.shape and not x_adv.requires_grad
     assert small_model.training and all(p.requires_grad and p.grad is None for p in small_model.parameters())
     assert all(torch.equal(before[key], value) for key, value in small_model.state_dict().items())
@@ -175,7 +193,7 @@ def test_a_gradient_that_is_not_finite_stops_the_attack(small_model):
     ("mnist", 0.3, 20, 0.0375), ("cifar10", 0.5, 20, 0.0625), ("cifar10", 0.031, 10, 0.00775),
 ])  # fmt: skip
 def test_the_default_step_is_the_papers_where_it_can_cross_the_ball(known, eps, steps, expected):
-    assert eval_all.step_size(known, eps, steps) == pytest.approx(expected)
+    assert eval_all.default_step_size(known, eps, steps, "linf") == pytest.approx(expected)
 
 
 def test_autoattack_official_is_seeded_and_bounded_by_the_number_of_classes(monkeypatch):

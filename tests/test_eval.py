@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import common
 import eval_all
 import models
 
-SETTINGS = dict(known="digits", eps=0.1, step_size=0.02, restarts=1, batch_size=16, seed=0)
+SETTINGS = dict(known="digits", norm="linf", eps=0.1, step_size=0.02, restarts=1, batch_size=16, seed=0, amp=False)
 
 
 class Threshold(torch.nn.Module):
@@ -35,10 +36,10 @@ def pixels():
 def test_robust_means_right_clean_and_right_under_attack(pixels):
     attacks = eval_all.named_attacks("pgd-20,fgsm,bim-20,mim-20,cw-inf,pgd-20-scaled,adaptive-pgd-20")
     outcome = eval_all.evaluate(Threshold(), attacks, *pixels, SETTINGS)
-    assert outcome["right"]["clean"].tolist() == [False, True, False, True, True, True]
+    assert outcome["attacks"]["clean"]["right"].tolist() == [False, True, False, True, True, True]
     for name in attacks:
         if name != "clean":
-            assert outcome["right"][name].tolist() == [False, False, False, False, True, True], name
+            assert outcome["attacks"][name]["right"].tolist() == [False, False, False, False, True, True], name
 
 
 def test_every_attack_is_judged_by_the_evaluator_and_the_worst_case_is_image_by_image(pixels):
@@ -90,7 +91,7 @@ def test_restarts_only_ever_lower_the_accuracy(small_model):
     for restarts in (1, 2, 8):
         settings = SETTINGS | {"restarts": restarts}
         outcome = eval_all.evaluate(small_model, eval_all.named_attacks("noise"), x, y, settings)
-        counts.append(int(outcome["right"]["noise"].sum()))
+        counts.append(int(outcome["attacks"]["noise"]["right"].sum()))
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
 
 
@@ -99,7 +100,7 @@ def test_a_verdict_does_not_depend_on_the_other_attacks(small_model):
     y = small_model(x).argmax(1)
     alone = eval_all.evaluate(small_model, eval_all.named_attacks("pgd-3"), x, y, SETTINGS)
     among = eval_all.evaluate(small_model, eval_all.named_attacks("noise,cw-inf,pgd-3"), x, y, SETTINGS)
-    assert torch.equal(alone["right"]["pgd-3"], among["right"]["pgd-3"])
+    assert torch.equal(alone["attacks"]["pgd-3"]["right"], among["attacks"]["pgd-3"]["right"])
 
 
 @pytest.mark.parametrize("right, n, low, high", [  # Newcombe 1998, Table I, method 3
@@ -183,7 +184,8 @@ def test_the_same_call_gives_the_same_verdicts(small_model):
     outcomes = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(outcomes) + 100)  # what ran before must not matter
-        outcomes.append(eval_all.evaluate(small_model, attacks, x, y, SETTINGS | {"seed": seed, "eps": 0.05})["right"])
+        outcome = eval_all.evaluate(small_model, attacks, x, y, SETTINGS | {"seed": seed, "eps": 0.05})
+        outcomes.append({name: attack["right"] for name, attack in outcome["attacks"].items()})
     assert all(torch.equal(outcomes[0][name], outcomes[1][name]) for name in attacks)
     assert any(not torch.equal(outcomes[0][name], outcomes[2][name]) for name in attacks)
 
@@ -290,3 +292,49 @@ def test_a_users_model_may_view_its_images_and_have_its_own_models_package(cli, 
     code, _, err = cli("eval_all", "--model", f"{home / 'theirs.py'}:make", "--dataset", make_npz(shape=(8, 8, 3)))
     assert code == 0, err
     assert sys.path == before and sys.modules["models"] is models and sys.modules["common"] is common
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(small_model, tmp_path):
+    x = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    y, asked = small_model(x).argmax(1), []
+    hook = small_model.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
+    attacks = eval_all.named_attacks("pgd-3,square")
+    attacks["square"] = partial(eval_all.square, queries=30)
+    identity = eval_all.identity(small_model, x, y, SETTINGS)
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    whole = eval_all.evaluate(small_model, attacks, x, y, SETTINGS)
+    path = tmp_path / "unfinished.pt"
+    with pytest.raises(KeyboardInterrupt):
+        eval_all.evaluate(small_model, attacks | {"square": dies}, x, y, SETTINGS, eval_all.Journal(path, identity))
+    asked.clear()
+    rest = eval_all.evaluate(small_model, attacks, x, y, SETTINGS, eval_all.Journal(path, identity))
+    resumed = sum(asked)
+    asked.clear()
+    other = eval_all.Journal(path, eval_all.identity(small_model, x, y, SETTINGS | {"eps": 0.2}))
+    eval_all.evaluate(small_model, attacks, x, y, SETTINGS, other)
+    assert resumed < sum(asked) and not other.pieces.keys() - rest["attacks"].keys() == set()
+    for name in attacks:
+        for key in ("right", "distance"):
+            assert torch.equal(whole["attacks"][name][key], rest["attacks"][name][key])
+        assert whole["attacks"][name]["passes"] == rest["attacks"][name]["passes"]
+    hook.remove()
+
+
+def test_a_nearest_image_outside_the_ball_is_no_success_and_its_distance_is_told(pixels):
+    outcome = eval_all.evaluate(Threshold(), eval_all.named_attacks("deepfool,cw-l2"), *pixels, SETTINGS)
+    result = eval_all.report("toy", {}, outcome, SETTINGS)["attacks"]
+    assert outcome["attacks"]["deepfool"]["right"].tolist() == [False, False, False, False, True, True]
+    assert result["deepfool"]["median_distance"] == pytest.approx(0.3, rel=0.03)  # 0.05, 0.05, 0.3, 0.3: the upper one
+    assert result["cw-l2"]["norm"] == "l2" and result["cw-l2"]["eps"] == 0.5
+    assert result["worst case"]["right"] == result["deepfool"]["right"] != result["cw-l2"]["right"]
+
+
+def test_an_attack_of_the_linf_ball_is_refused_under_l2(small_model):
+    x = torch.rand(2, 1, 8, 8)
+    with pytest.raises(common.UserError, match="rays knows the Linf ball alone"):
+        eval_all.evaluate(
+            small_model, eval_all.named_attacks("rays"), x, small_model(x).argmax(1), SETTINGS | {"norm": "l2"}
+        )
