@@ -590,14 +590,14 @@ def estimated_bim(
     return x_adv
 
 
-def spsa(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
+def spsa(model: nn.Module, x: Tensor, y: Tensor, **options: float) -> Tensor:
     """Uesato et al. 2018, as in HE, Sec. B.2: `estimated_bim` along Rademacher directions, every pixel +1 or -1."""
-    return estimated_bim(model, x, y, draw=lambda u: random_sign(u.shape, u), **budget)
+    return estimated_bim(model, x, y, draw=lambda u: random_sign(u.shape, u), **options)
 
 
-def nes(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
+def nes(model: nn.Module, x: Tensor, y: Tensor, **options: float) -> Tensor:
     """Ilyas et al. 2018, as in HE, Sec. B.2: `estimated_bim` along Gaussian directions."""
-    return estimated_bim(model, x, y, draw=Tensor.normal_, **budget)
+    return estimated_bim(model, x, y, draw=Tensor.normal_, **options)
 
 
 def coordinate_slopes(model: nn.Module, x: Tensor, y: Tensor, places: Tensor, sigma: float) -> Tensor:
