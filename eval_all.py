@@ -27,6 +27,7 @@ import csv
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import re
@@ -1020,6 +1021,107 @@ def evaluate(
     return {"prediction": prediction, "attacks": outcomes}
 
 
+# ------------------------------------------------------------------------------------------------------------ audit
+# When a robustness figure should not be believed (Athalye et al. 2018; Carlini et al. 2019). A difference between two
+# attacks on the same images counts where McNemar's exact test leaves it less than 1 % of chance.
+
+AUDIT_IMAGES = 200
+
+
+def chance(more: Tensor, fewer: Tensor) -> float:
+    """The probability, were two attacks equally strong, that so many more images stand (N,) under the first."""
+    gained, lost = int((more & ~fewer).sum()), int((fewer & ~more).sum())
+    return sum(math.comb(gained + lost, k) for k in range(gained, gained + lost + 1)) / 2 ** (gained + lost)
+
+
+def stands_on_more(more: Tensor, fewer: Tensor) -> bool:
+    return chance(more, fewer) < 0.01
+
+
+def rescaled_pgd(model: nn.Module, x: Tensor, y: Tensor, *, factor: float, **budget: float) -> Tensor:
+    """PGD on CE(factor * s * model(x), y)."""
+    scale = factor * getattr(model, "scale", 1.0)
+    return common.pgd(model, x, y, loss=lambda logits, y: ce(scale * logits, y), drop_fooled=True, **budget)
+
+
+def input_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The gradient of the training cross-entropy in each image, (B, C, H, W), in float32."""
+    x = x.clone().requires_grad_()
+    with common.attack_mode(model):
+        (grad,) = torch.autograd.grad(training_ce(model, 0.0)(model(x), y).sum(), x)
+    return grad
+
+
+def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict) -> list[dict]:
+    """The checks, on the first images (N, C, H, W): what each compares, its figures in words, and whether it passes.
+
+    The attacks are on s * logits, the logits that the model was trained with, and in the norm of the evaluation.
+    """
+    x, y = x[:AUDIT_IMAGES], y[:AUDIT_IMAGES]
+    settings = settings | {"restarts": 1, "step_size": None}
+    clean_right = torch.cat([predict(model, part) for part in x.split(settings["batch_size"])]) == y
+    eps, checks = settings["eps"], []
+
+    def run(attack: Attack, eps: float = eps) -> Tensor:
+        return run_attack(model, "audit", attack, x, y, clean_right, settings | {"eps": eps}, Journal())["right"]
+
+    def percent(right: Tensor) -> str:
+        return f"{100 * right.float().mean():.1f} %"
+
+    def check(name: str, figures: str, passed: bool) -> None:
+        checks.append({"check": name, "figures": figures, "passed": bool(passed)})
+
+    def not_weaker(name: str, strong: tuple[str, Tensor], weak: tuple[str, Tensor]) -> None:
+        figures = f"{strong[0]} {percent(strong[1])}, {weak[0]} {percent(weak[1])}"
+        check(name, figures, not stands_on_more(strong[1], weak[1]))
+
+    logits = torch.cat([predict_logits(model, part) for part in x.split(settings["batch_size"])])
+    again = torch.cat([predict_logits(model, part) for part in x.split(settings["batch_size"])])
+    unlike = float((again - logits).abs().max() / logits.abs().max().clamp(min=1e-30))
+    check("the same image gives the same logits", f"they differ by {unlike:.1e}, 1e-4 allowed", unlike < 1e-4)
+    classes, sure = logits.shape[1], float((getattr(model, "scale", 1.0) * logits).softmax(1).amax(1).mean())
+    figures = f"mean largest probability {sure:.3f}, chance {1 / classes:.3f}"
+    check("cross-entropy tells the classes apart", figures, sure > 1.05 / classes)
+    grads = torch.cat([input_gradients(model, a, b) for a, b in zip(x.split(50), y.split(50), strict=True)])
+    lost = float((grads.flatten(1).abs().amax(1) == 0).float().mean())
+    check("gradients reach the images", f"{100 * lost:.1f} % of the images have none, 1 % allowed", lost <= 0.01)
+
+    pgd_20, pgd_100 = run(partial(pgd_scaled, steps=20)), run(partial(pgd_scaled, steps=100))
+    white = pgd_20 & pgd_100 & run(partial(cw_inf, steps=20))
+    not_weaker("more steps are not weaker", ("PGD-100", pgd_100), ("PGD-20", pgd_20))
+    not_weaker("FGSM is not weaker than noise", ("FGSM", run(fgsm)), ("noise", run(noise)))
+    black = run(partial(square, queries=1000))
+    not_weaker("gradients are not weaker than queries", ("PGD and CW", white), ("Square, 1,000 queries,", black))
+    factors = {f"{factor:g}": run(partial(rescaled_pgd, factor=factor, steps=20)) for factor in (1e-4, 0.01, 100, 1e4)}
+    best = min(factors, key=lambda factor: int(factors[factor].sum()))
+    not_weaker("no scale of the logits is a better one", ("PGD-20", pgd_20), (f"times {best}", factors[best]))
+    radii = [0.5 * eps, eps, 1.5 * eps, 2 * eps]
+    falls = [run(partial(pgd_scaled, steps=20), radius) for radius in radii]
+    figures = ", ".join(f"{percent(right)} at {radius:.3g}" for radius, right in zip(radii, falls, strict=True))
+    rises = any(stands_on_more(larger, smaller) for smaller, larger in itertools.pairwise(falls))
+    check("accuracy falls with eps", f"PGD-20 {figures}", not rises)
+    wide = 0.5 if settings["norm"] == "linf" else 0.5 * math.sqrt(x[0].numel())
+    unbounded = run(partial(pgd_scaled, steps=100), wide)
+    check(
+        "nothing stands without a bound", f"PGD-100 {percent(unbounded)}, 5 % allowed", unbounded.float().mean() <= 0.05
+    )
+    targeted = run(apgd_targeted)
+    excess = 100 * float(pgd_100.float().mean() - targeted.float().mean())
+    figures = f"PGD-100 {percent(pgd_100)}, APGD-T {percent(targeted)}, 6 points allowed"
+    check("AutoAttack's APGD-T is near PGD", figures, excess <= 6)
+    return checks
+
+
+def print_audit(checks: list[dict]) -> None:
+    if not checks:
+        return
+    failed = sum(not check["passed"] for check in checks)
+    verdict = f"{failed} of {len(checks)} checks FAIL: do not believe these figures" if failed else "all checks pass"
+    print(f"\naudit: {verdict}")
+    for check in checks:
+        print(f"{'pass' if check['passed'] else 'FAIL':<5} {check['check']:<40} {check['figures']}")
+
+
 # ----------------------------------------------------------------------------------------------------------- models
 
 
@@ -1290,6 +1392,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--attacks", default="quick", help=f"names, or {', '.join(PRESETS)}, separated by commas (default: quick)")
     flag("--dataset", metavar="NAME_OR_NPZ", help="(default: what the checkpoint was trained on)")
     flag("--data-dir", help="(default: as in training)")
+    on_off = argparse.BooleanOptionalAction
+    flag("--audit", action=on_off, help="check whether the figures can be believed (default: with paper and all)")
     flag("--n", type=number(int, 1), help="test images, a seeded choice (default: all)")
     flag("--norm", choices=("linf", "l2"), default="linf", help="of the ball (default: linf)")
     flag("--eps", type=number(float, 0), help="(default: the papers': mnist 0.3, cifar 0.031; L2: mnist 3, cifar 1)")
@@ -1297,7 +1401,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--restarts", type=number(int, 1), default=1, help="of the attacks that start at random (default: 1)")
     flag("--batch-size", type=number(int, 1), default=250, help="(default: 250)")
     flag("--seed", type=number(int, 0, 2**63), default=0, help="(default: 0)")
-    on_off = argparse.BooleanOptionalAction
     flag("--amp", action=on_off, help="craft in bfloat16, judge in float32 (default: where the device has it natively)")
     flag("--device", type=common.device_flag, default=common.default_device(), help="(default: %(default)s)")
     flag("--out", help="(default: an eval folder beside the checkpoint; for several models ./eval)")
@@ -1308,7 +1411,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--scale", type=number(float, 0), help="s of the training loss (default: 15, for linear 1)")
     flag("--margin", type=number(float, 0), help="m of the training loss (default: he 0.2, mhe 0.1, linear 0)")
     flag("--normalize", action=on_off, help="CIFAR-10 mean and std in the network (default: on for he and mhe)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.audit is None:
+        args.audit = bool({"paper", "all"} & set(args.attacks.split(",")))
+    return args
 
 
 def output_folder(args: argparse.Namespace, count: int) -> Path:
@@ -1354,10 +1460,13 @@ def main(argv: list[str] | None = None) -> None:
         journal = Journal(folder / "unfinished.pt", identity(model, x, y, settings))
         outcome = evaluate(model, attacks, x, y, settings, journal)
         results.append(report(name, meta, outcome, settings))
+        if args.audit:
+            results[-1]["audit"] = audit(model, x, y, settings)
         write_verdicts(folder, index, y, outcome)
         write_results(folder, results[-1:])
         journal.close()
         print_report(results[-1])
+        print_audit(results[-1].get("audit", []))
     if len(results) > 1:
         write_results(out, results)
         print_comparison(results)

@@ -5,13 +5,20 @@ its appendix was at hand. It names the parts, the coefficients and their best va
 these two are ours:
 
     minimize L_B + k1 * L_I + k2 * L_O
-    L_I = mean over the batch of (1 - cos(theta_y))^2: intra-class; squared, so that hard, far samples weigh most
+    L_I = mean over the batch of (1 - cos(theta_y))^2: intra-class; squared, so that hard, far samples weigh most; it
+          moves the features alone, as at 512 it would else draw the class weights together
     L_O = mean over the classes of relu(max over j != i of <W~_i, W~_j> + 1 / (K - 1))^2: the smallest angle between
           classes, up to the best that K centers can do
 
 --base is L_B: cosface, CE(s * (cos - m * onehot(y))) with the feature norm fixed to s (Appendix A); sce, softmax
 cross-entropy on W z + b; ht-sce, the same on normalized features and weights, s * cos (Appendix B). The coefficients
 (512, 64) are the appendix's choice, (0, 0) is no angular boundary. z has 10 dimensions (Appendix D).
+
+What it gives on MNIST (seed 0, n = 10,000; clean accuracy; smallest and largest angle between two class weights, mean
+angle of a test feature to its own): (0, 0) 98.94; 93.8, 97.8, 3.2 degrees. (512, 64) 98.97; 96.2, 102.6, 5.8. (0, 64)
+99.05; 96.2, 102.3, 2.9. (512, 64) with class weights moved by L_I too 99.04; 91.8, 125.5, 6.2. SCE 99.02; 51.4, 120.4,
+41.4. HT-SCE 99.09; 91.9, 107.0, 4.4. So L_O widens the smallest angle, to 0.2 degrees below the best possible, and L_I,
+with the appendix's coefficient, does not tighten the classes that CosFace makes: its own term must be another.
 
     python train_abcl.py --dataset mnist                       # AlexNet sized for MNIST
     python train_abcl.py --dataset mnist --base sce --k1 0 --k2 0
@@ -74,7 +81,7 @@ def main(argv=None):
                 eps, step_size = run.warm(args.eps), run.warm(args.step_size)
                 x = common.pgd(model, x, y, loss=attack_loss, eps=eps, step_size=step_size, steps=args.steps)
             logits, z = model(x, with_features=True)
-            cos = models.cosine(z, model.fc.weight)
+            cos = models.cosine(z, model.fc.weight.detach())
             loss = common.margin_ce(logits, y, args.scale, args.margin)
             run.step(loss + args.k1 * intra_class(cos, y) + args.k2 * inter_class(model.fc.weight), logits, y)
         run.finish_epoch()

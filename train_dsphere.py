@@ -14,8 +14,10 @@ weight go into the checkpoint, for the robust geodesic inference of Sec. 4.3.
 
 The paper leaves open, and we set: eta 0.01, orth 1e-4, |a| starting at 10, l falling from 10 to 0.1 as
 10 / (1 + 0.01 * iteration), sigmoid k 0.5, the quadratic correlation cut at -1. Its MNIST attack step, 0.75, is above
-eps and read as 0.075. Images are not standardized. --manifold simplex, L1 in place of L2, is our reading of Sec. 4.4;
-its correlations are of order 1 / n, and on digits the loss of wsoftmax hardly moves: use --loss wm there.
+eps and read as 0.075. Images are standardized in adversarial training alone: a black patch has no direction, the
+smallest change turns it anywhere, and PGD training on images as they are stayed at chance on MNIST. --manifold simplex,
+L1 in place of L2, is our reading of Sec. 4.4; its correlations are of order 1 / n, and on digits the loss of wsoftmax
+hardly moves: use --loss wm there.
 
     python train_dsphere.py                                    # cosine, W-Softmax, on the bundled digits
     python train_dsphere.py --dataset mnist --correlation quadratic --loss wm --train pgd
@@ -98,7 +100,9 @@ def main(argv=None):
         args.epochs = math.ceil(args.iterations / max(1, len(data.y_train) // args.batch_size))
     plain = args.correlation == "inner"
     head = "linear" if plain else "sphere_wm" if args.loss == "wm" else "sphere"
-    sphere = dict(correlation=args.correlation, manifold=args.manifold, mean=None, std=None)
+    sphere = dict(correlation=args.correlation, manifold=args.manifold)
+    if args.train == "natural":
+        sphere |= dict(mean=None, std=None)
     model = common.build_model(args, data, head=head, **sphere)
     run = common.Run(args, model, data, natural=args.train == "natural")
 
