@@ -970,8 +970,8 @@ class Run:
         step_size = min(args.step_size, 2.5 * args.eps / args.steps)  # one-step methods train with a longer one
         for rows in torch.arange(len(self.y_val)).split(args.batch_size):
             x, y = to_float(self.x_val[rows].to(args.device)), self.y_val[rows]
+            self.model.amp = False  # in bfloat16 a saturated activation loses its gradient, and the attack its strength
             x_adv = pgd(self.model, x, y, loss=loss, eps=args.eps, step_size=step_size, steps=args.steps)
-            self.model.amp = False
             with attack_mode(self.model), torch.no_grad():
                 clean = self.model(x).argmax(1) == y
                 right_clean += clean.sum()

@@ -283,6 +283,8 @@ def step_to_plane(x: Tensor, w: Tensor, rise: Tensor, norm: str) -> Tensor:
         moving = reach < room
         gained = (w_abs * torch.where(moving, reach, room)).sum(1)
         slope = (w_abs * speed * moving).sum(1)
+        if not ((rise - gained > 1e-7 * rise) & (slope > 0)).any():
+            break
         time = time + torch.where(slope > 0, (rise - gained) / slope.clamp(min=1e-30), 0.0)
     return torch.minimum(time[:, None] * speed, room) * w.sign()
 
@@ -1401,7 +1403,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--restarts", type=number(int, 1), default=1, help="of the attacks that start at random (default: 1)")
     flag("--batch-size", type=number(int, 1), default=250, help="(default: 250)")
     flag("--seed", type=number(int, 0, 2**63), default=0, help="(default: 0)")
-    flag("--amp", action=on_off, help="craft in bfloat16, judge in float32 (default: where the device has it natively)")
+    flag(
+        "--amp",
+        action="store_true",
+        help="craft in bfloat16, judge in float32: twice as fast, but saturated activations then lose their gradient",
+    )
     flag("--device", type=common.device_flag, default=common.default_device(), help="(default: %(default)s)")
     flag("--out", help="(default: an eval folder beside the checkpoint; for several models ./eval)")
     group = parser.add_argument_group("for a bare state dict")
@@ -1442,7 +1448,7 @@ def main(argv: list[str] | None = None) -> None:
         "restarts": args.restarts,
         "batch_size": args.batch_size,
         "seed": args.seed,
-        "amp": common.computes_bf16(args.device) if args.amp is None else args.amp,
+        "amp": args.amp,
         "device": args.device,
         "torch": str(torch.__version__),
         "command": shlex.join(["python", "eval_all.py", *(sys.argv[1:] if argv is None else argv)]),

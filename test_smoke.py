@@ -95,7 +95,8 @@ def test_every_variant_trains_and_writes_its_run(runs, trained, name):
 
 def test_every_attack_on_several_checkpoints_at_once(runs, trained):
     names = ["pgd", "pgd_mhe", "angular_at", "dsphere_cosine"]
-    attacks = [name for name in eval_all.ATTACKS if "official" not in name and "00" not in name]
+    few = ["mta-2", "feature-1", "apgd-ce-5", "apgd-t-3", "fab-t-3", "deepfool-3", "cw-l2-5", "spsa-1", "nes-1"]
+    attacks = [*eval_all.PRESETS["quick"], "bim-20", "mim-20", "adaptive-pgd-20", *few]
     flags = ["--attacks", ",".join(attacks), "--n", "10", "--out", runs / "eval"]
     result = start("eval_all.py", *[runs / name for name in names], *flags)
     assert result.returncode == 0, result.stderr
