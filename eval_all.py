@@ -27,6 +27,7 @@ import csv
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -39,6 +40,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -1124,6 +1126,578 @@ def print_audit(checks: list[dict]) -> None:
         print(f"{'pass' if check['passed'] else 'FAIL':<5} {check['check']:<40} {check['figures']}")
 
 
+# ------------------------------------------------------------------------------------------------------ corruptions
+# Our approximation, not the published -C sets: nine families of Hendrycks & Dietterich 2019 (HE, Sec. 4.3) on any
+# images. (x, strength) -> x; x is (B, C, H, W) in [0, 1], C is 1 or 3; lengths are shares of the image's height, so
+# that a severity looks alike at 8 and at 224 pixels. Random draws are torch's; `corrupt` clamps what leaves [0, 1].
+
+
+def gaussian_noise(x: Tensor, sigma: float) -> Tensor:
+    return x + sigma * torch.randn_like(x)
+
+
+def shot_noise(x: Tensor, photons: float) -> Tensor:
+    """Counts of light: a value of 1 stands for so many photons on average."""
+    return torch.poisson(x * photons) / photons
+
+
+def impulse_noise(x: Tensor, share: float) -> Tensor:
+    """Salt and pepper on that share of all values."""
+    draw = torch.rand_like(x)
+    return torch.where(draw < share, (draw < share / 2).to(x.dtype), x)
+
+
+def kernel_grid(x: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """Offsets across and down, (k, k) each, in pixels, of a kernel that reaches so far from its center."""
+    line = torch.arange(-math.ceil(reach), math.ceil(reach) + 1, device=x.device, dtype=x.dtype)
+    return torch.meshgrid(line, line, indexing="xy")
+
+
+def blur(x: Tensor, distance: Tensor) -> Tensor:
+    """Averages over a shape whose edge fades out within a pixel, given each offset's `distance` to it, (B, k, k)."""
+    kernel = (1 - distance).clamp(min=0)
+    kernel = (kernel / kernel.sum((1, 2), keepdim=True)).repeat_interleave(x.shape[1], 0)
+    padded = F.pad(x, [distance.shape[2] // 2] * 4, mode="replicate").flatten(0, 1)[None]
+    return F.conv2d(padded, kernel[:, None], groups=len(kernel)).view(x.shape)
+
+
+def defocus_blur(x: Tensor, radius: float) -> Tensor:
+    """The average over a disk."""
+    pixels = radius * x.shape[2]
+    distance = (torch.hypot(*kernel_grid(x, pixels)) - pixels).clamp(min=0)
+    return blur(x, distance.expand(len(x), -1, -1))
+
+
+def motion_blur(x: Tensor, length: float) -> Tensor:
+    """The average along a line, in a direction of each image's own."""
+    half = length * x.shape[2] / 2
+    across, down = kernel_grid(x, half)
+    angle = math.pi * torch.rand(len(x), 1, 1, device=x.device, dtype=x.dtype)
+    along, aside = across * angle.cos() + down * angle.sin(), down * angle.cos() - across * angle.sin()
+    return blur(x, torch.hypot((along.abs() - half).clamp(min=0), aside))
+
+
+def brightness(x: Tensor, rise: float) -> Tensor:
+    return x + rise
+
+
+def contrast(x: Tensor, share: float) -> Tensor:
+    """What is left of each channel's distance to its mean."""
+    return torch.lerp(x.mean((2, 3), keepdim=True), x, share)
+
+
+def pixelate(x: Tensor, share: float) -> Tensor:
+    """Shrunk to that share of the pixels of a side, and enlarged again."""
+    height, width = x.shape[2:]
+    small = F.adaptive_avg_pool2d(x, (max(1, round(share * height)), max(1, round(share * width))))
+    return F.interpolate(small, (height, width), mode="nearest-exact")
+
+
+def jpeg(x: Tensor, quality: float) -> Tensor:
+    """Written and read by Pillow, in memory, one by one: it knows no batches."""
+    from PIL import Image
+
+    pixels, read = (255 * x).round().byte().permute(0, 2, 3, 1).cpu().numpy(), []
+    for image in pixels:
+        file = io.BytesIO()
+        Image.fromarray(image.squeeze()).save(file, "JPEG", quality=quality)
+        read.append(np.asarray(Image.open(file)).reshape(image.shape))
+    return common.to_float(torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2).to(x.device))
+
+
+CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]] = {  # severities 1 to 5
+    "gaussian noise": (gaussian_noise, (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "shot noise": (shot_noise, (80, 40, 20, 10, 5)),
+    "impulse noise": (impulse_noise, (0.02, 0.04, 0.08, 0.14, 0.2)),
+    "defocus blur": (defocus_blur, (0.015, 0.025, 0.04, 0.055, 0.075)),
+    "motion blur": (motion_blur, (0.08, 0.13, 0.19, 0.26, 0.35)),
+    "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "contrast": (contrast, (0.7, 0.5, 0.35, 0.2, 0.1)),
+    "pixelate": (pixelate, (0.75, 0.6, 0.5, 0.4, 0.3)),
+    "jpeg": (jpeg, (60, 30, 18, 10, 6)),
+}
+NOT_IN_MCA = {"gaussian blur", "saturate", "spatter", "speckle noise"}  # the published sets' extra corruptions
+
+Source = Callable[[int], tuple[Tensor | common.ImageFiles, Tensor]]  # severity -> images, uint8 or [0, 1], and labels
+
+
+def corrupt(x: Tensor, name: str, severity: int) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] under one of CORRUPTIONS at severity 1 to 5."""
+    function, strengths = CORRUPTIONS[name]
+    return function(x, strengths[severity - 1]).clamp(0, 1)
+
+
+def approximate_corruption(x: Tensor, y: Tensor, name: str, severity: int) -> tuple[Tensor, Tensor]:
+    return torch.cat([corrupt(part, name, severity) for part in x.split(250)]), y
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an .npy file, left on the disk until it is sliced. Raises UserError."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise common.UserError(f"{path}: no such file") from None
+    except Exception as error:  # numpy raises nearly anything on a damaged file
+        raise common.UserError(f"{path}: not a readable .npy of a plain array ({error})") from None
+
+
+def cifar_c(path: Path, shape: tuple[int, int, int], num_classes: int, severity: int) -> tuple[Tensor, Tensor]:
+    """CIFAR-10-C or -100-C as published (Hendrycks & Dietterich 2019): uint8 images (N, C, H, W), labels (N,).
+
+    NAME.npy holds the same N images at severity 1, then at 2, to 5, and labels.npy beside it their labels. `shape` is
+    the model's (C, H, W). Raises UserError naming the file and its fault.
+    """
+    beside = path.with_name("labels.npy")
+    x, y = read_npy(path), read_npy(beside)
+    channels, height, width = shape
+    if x.dtype != np.uint8 or x.shape[1:] != (height, width, channels) or not len(x) or len(x) % 5:
+        raise common.UserError(f"{path}: {x.dtype} {x.shape}; it must be uint8 (5 N, {height}, {width}, {channels})")
+    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+        raise common.UserError(f"{beside}: {y.dtype} {y.shape}; it must be integers, one for each of {len(x)} images")
+    if not 0 <= y.min() <= y.max() < num_classes:
+        raise common.UserError(f"{beside}: labels {y.min()} to {y.max()}, but there are {num_classes} classes")
+    rows = slice((severity - 1) * len(x) // 5, severity * len(x) // 5)
+    return torch.from_numpy(np.array(x[rows])).permute(0, 3, 1, 2), torch.from_numpy(y[rows].astype(np.int64))
+
+
+def imagenet_c(
+    folder: Path, shape: tuple[int, int, int], num_classes: int, severity: int
+) -> tuple[common.ImageFiles, Tensor]:
+    """ImageNet-C or Tiny-ImageNet-C as published: FOLDER/SEVERITY/WNID/*.JPEG; the classes are the sorted WNIDs.
+
+    `shape` is the model's (C, H, W), which the files have already. Raises UserError naming the file and its fault.
+    """
+    samples, wnids = common.image_folder(folder / str(severity))
+    if len(wnids) != num_classes:
+        raise common.UserError(f"{folder / str(severity)}: {len(wnids)} classes, but the model has {num_classes}")
+    files, labels = zip(*samples, strict=True)
+
+    def view(image: object) -> Tensor:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    images = common.ImageFiles(files, shape[1], view, view)
+    found = tuple(images[:1].shape[1:])
+    if found != shape:
+        raise common.UserError(f"{files[0]}: an image {found}; the model takes {shape}")
+    return images, torch.tensor(labels)
+
+
+def published_corruptions(folder: Path, shape: tuple[int, int, int], num_classes: int) -> dict[str, Source]:
+    """The corruptions in FOLDER, of CIFAR-10-C (FOLDER/NAME.npy) or of ImageNet-C (FOLDER/NAME/SEVERITY/WNID/...)."""
+    arrays = [path for path in folder.glob("*.npy") if path.stem != "labels"]
+    found = arrays or [path.parent for path in folder.glob("*/1")]
+    if not found:
+        raise common.UserError(f"{folder}: neither NAME.npy (CIFAR-10-C) nor NAME/1 to 5 (ImageNet-C) is in it")
+    read = cifar_c if arrays else imagenet_c
+    return {path.stem.replace("_", " "): partial(read, path, shape, num_classes) for path in sorted(found)}
+
+
+def subset(total: int, n: int | None) -> Tensor:
+    """n of so many rows, in order: files may be sorted by class, so they are drawn, the same for every seed."""
+    return torch.from_numpy(np.sort(np.random.default_rng(common.SPLIT_SEED).permutation(total)[:n]))
+
+
+def right_on(model: nn.Module, images: Tensor | common.ImageFiles, y: Tensor, settings: dict) -> Tensor:
+    """Whether the prediction is right on each of settings["n"] images, bool (N,) on the CPU."""
+    right = []
+    for rows in subset(len(y), settings["n"]).split(settings["batch_size"]):
+        x = images[rows].to(settings["device"])
+        prediction = predict(model, common.to_float(x) if x.dtype == torch.uint8 else x).cpu()
+        right.append(prediction == y[rows].cpu())
+    return torch.cat(right)
+
+
+def corruption_accuracy(model: nn.Module, sources: dict[str, Source], settings: dict) -> dict:
+    """`accuracy` {corruption: [% at severity 1 to 5]} and mCA, their mean (HE, Table 5), with its interval.
+
+    settings: n (images of each, None: all), batch_size, seed, device. The interval comes from the spread, over the
+    images, of the share of corruptions that each stands: the cells are no independent samples.
+    """
+    model.eval()
+    right = {}
+    for name, source in sources.items():
+        right[name] = []
+        for severity in range(1, 6):
+            torch.manual_seed(settings["seed"])  # the same draws at every severity
+            right[name].append(right_on(model, *source(severity), settings))
+    counted = [cell for name, cells in right.items() if name not in NOT_IN_MCA for cell in cells]
+    share = 100 * torch.stack(counted).double().mean(0)
+    mca, error = float(share.mean()), 1.96 * float(share.std(correction=0)) / math.sqrt(len(share))
+    accuracy = {name: [100 * float(cell.double().mean()) for cell in cells] for name, cells in right.items()}
+    return {"n": len(share), "accuracy": accuracy, "mCA": mca, "low": mca - error, "high": mca + error}
+
+
+def print_corruptions(result: dict, title: str) -> None:
+    print(f"\n{title}: accuracy (%) at severity 1 to 5, n = {result['n']} images")
+    for name, row in result["accuracy"].items():
+        mean = f"{np.mean(row):7.2f}" + (" *" if name in NOT_IN_MCA else "")
+        print(f"{name:<18}" + "".join(f"{value:7.2f}" for value in row) + f"   mean {mean}")
+    if NOT_IN_MCA & set(result["accuracy"]):
+        print("* not in mCA")
+    print(f"mCA {result['mCA']:.2f} ({result['low']:.2f} - {result['high']:.2f})")
+
+
+def plot_corruptions(result: dict, path: Path) -> None:
+    """Accuracy by corruption and severity, and its mean, as a heatmap."""
+    plt = pyplot()
+    names, rows = list(result["accuracy"]), np.array(list(result["accuracy"].values()))
+    cells = np.concatenate([rows, rows.mean(1, keepdims=True)], 1)
+    figure, axis = plt.subplots(figsize=(4.6, 0.9 + 0.27 * len(names)), layout="constrained")
+    image = axis.imshow(cells, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    for (i, j), value in np.ndenumerate(cells):
+        color = "black" if value > 60 else "white"
+        axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
+    axis.axvline(4.5, color="white", linewidth=3)
+    axis.set(xticks=range(6), xticklabels=[*range(1, 6), "mean"], yticks=range(len(names)), yticklabels=names)
+    axis.set_xlabel(f"severity; mCA {result['mCA']:.1f} %, n = {result['n']}")
+    axis.tick_params(length=0)
+    figure.colorbar(image, label="accuracy (%)")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------- geodesic inference
+
+
+def geodesic_thresholds(statistics: dict[str, list[float]], device: str, p: float = 1.0) -> Tensor:
+    """p * (mu_k + sd_k) in radians, (K,), from the checkpoint's statistics of class k (D-SphereNet, Sec. 4.3)."""
+    return p * (torch.tensor(statistics["mean"]) + torch.tensor(statistics["std"])).to(device)
+
+
+@torch.no_grad()
+def predicted_angle(model: models.Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The predicted class, -1 where a logit is not finite, and the angle of z to its weight in radians, (B,) each."""
+    logits, z = model(x, with_features=True)
+    prediction = logits.argmax(1)
+    cos = models.cosine(z, model.fc.weight).gather(1, prediction[:, None]).squeeze(1)
+    return torch.where(logits.isfinite().all(1), prediction, -1), models.arccos(cos)
+
+
+def geodesic_pgd(
+    model: models.Classifier, x: Tensor, y: Tensor, *, thresholds: Tensor, eps: float, step_size: float, steps: int
+) -> Tensor:
+    """An adaptive attack on geodesic inference, ours after Carlini & Wagner 2017b: PGD that also evades the rejection.
+
+    Ascends the margin while an image is classified right, and the cosine to the wrong class predicted while that angle
+    is above its threshold; there is no weight between the two to tune. An image that has both stays as it is.
+    """
+    x_adv, active = common.random_start(x, eps, "linf"), torch.arange(len(x), device=x.device)
+    with common.attack_mode(model):
+        for _ in range(steps):
+            x_now = x_adv[active].requires_grad_()
+            logits, z = model(x_now, with_features=True)
+            margin = cw_margin(logits, y[active])
+            wrong = logits.scatter(1, y[active, None], -math.inf).argmax(1)
+            cos = models.cosine(z, model.fc.weight).gather(1, wrong[:, None]).squeeze(1)
+            fooled = margin > 1e-4 * logits.abs().amax(1)  # a thinner margin may be rounding: push on
+            (grad,) = torch.autograd.grad(torch.where(fooled, cos, margin).sum(), x_now)
+            still = ~(fooled & (models.arccos(cos) < thresholds[wrong] - 1e-4))
+            active, x_now, grad = active[still], x_now[still], grad[still]
+            if not len(active):
+                break
+            x_adv[active] = common.project(x_now.detach() + step_size * grad.sign(), x[active], eps, "linf")
+    return x_adv
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The chance that a positive's score is above a negative's, ties counted half (Mann & Whitney 1947)."""
+    _, place, counts = np.unique(np.concatenate([positive, negative]), return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum() - (counts - 1) / 2)[place[: len(positive)]]
+    return float((ranks.mean() - (len(positive) + 1) / 2) / len(negative))
+
+
+def proportion(flags: Tensor) -> dict | None:
+    """Count, n, % and its 95 % interval of bool (N,); None where N is 0."""
+    count, n = int(flags.sum()), len(flags)
+    if not n:
+        return None
+    low, high = wilson(count, n)
+    return {"count": count, "n": n, "percent": 100 * count / n, "low": low, "high": high}
+
+
+def geodesic_inference(
+    model: models.Classifier, x: Tensor, x_adv: Tensor, y: Tensor, thresholds: Tensor, batch_size: int
+) -> dict:
+    """D-SphereNet, Sec. 4.3: an input predicted k is rejected where its angle to W_k is above the threshold of k.
+
+    Adversarial are the images of x_adv that are misclassified and were right clean: on them the rejection rate is
+    taken and, against all clean ones, the AUROC of the angle. `broken`: misclassified and accepted, of all of x_adv.
+    """
+
+    def infer(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [predicted_angle(model, part) for part in images.split(batch_size)]
+        prediction, angle = (torch.cat(part) for part in zip(*parts, strict=True))
+        return prediction == y, angle, angle > thresholds[prediction]
+
+    (right, angle, rejected), (right_adv, angle_adv, rejected_adv) = infer(x), infer(x_adv)
+    fooled = right & ~right_adv
+    scores = [angle_adv[fooled].cpu().numpy(), angle.cpu().numpy()]
+    return {
+        "accuracy": proportion(right),
+        "accepted_accuracy": proportion(right[~rejected]),
+        "accepted_accuracy_attacked": proportion(right_adv[~rejected_adv]),
+        "rejected_clean": proportion(rejected),
+        "rejected_adversarial": proportion(rejected_adv[fooled]),
+        "broken": proportion(~right_adv & ~rejected_adv),
+        "auroc": auroc(*scores) if fooled.any() else None,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- analyses
+
+
+def pyplot() -> ModuleType:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+CURVES: dict[str, Attack] = {"PGD on CE": pgd_scaled, "PGD on the margin": cw_inf}
+CURVE_EPS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)  # times eps
+CURVE_STEPS = (1, 2, 5, 10, 20, 50, 100)
+CURVE_RESTARTS = (1, 2, 3, 4, 5)
+
+
+def robustness_curves(model: nn.Module, x: Tensor, y: Tensor, settings: dict, steps: int = 20) -> dict:
+    """Accuracy against eps and restarts under PGD-`steps`, and against the number of steps (Carlini et al. 2019).
+
+    settings are evaluate's. Returns n, eps and `steps`, and for each axis its values `at` and `right` {attack: counts}.
+    """
+    model.eval()
+    clean = torch.cat([predict(model, part) for part in x.split(settings["batch_size"])]) == y
+    base = settings | {"restarts": 1, "step_size": None}
+
+    def right(name: str, steps: int, alive: Tensor = clean, **changed: float) -> Tensor:
+        attack = partial(CURVES[name], steps=steps)
+        return run_attack(model, name, attack, x, y, alive, base | changed, Journal())["right"]
+
+    eps = [factor * settings["eps"] for factor in CURVE_EPS if factor * settings["eps"] <= 1]
+    curves = {axis: {} for axis in ("eps", "steps", "restarts")}
+    for name in CURVES:
+        curves["eps"][name] = [int((right(name, steps, eps=e) if e else clean).sum()) for e in eps]
+        curves["steps"][name] = [int(right(name, n).sum()) for n in CURVE_STEPS]
+        alive, curves["restarts"][name] = clean, []
+        for restart in CURVE_RESTARTS:
+            alive = right(name, steps, alive, seed=settings["seed"] + restart - 1)
+            curves["restarts"][name].append(int(alive.sum()))
+    values = {"eps": eps, "steps": list(CURVE_STEPS), "restarts": list(CURVE_RESTARTS)}
+    axes = {axis: {"at": values[axis], "right": curves[axis]} for axis in curves}
+    return {"n": len(y), "eps": settings["eps"], "attack_steps": steps, "axes": axes}
+
+
+def plot_robustness_curves(result: dict, path: Path) -> None:
+    """The three curves of robustness_curves side by side, with their 95 % bands."""
+    plt = pyplot()
+    n, eps, steps = result["n"], result["eps"], result["attack_steps"]
+    labels = {
+        "eps": f"Linf eps, {steps} steps",
+        "steps": f"steps, eps {eps:.3g}",
+        "restarts": f"restarts of {steps} steps",
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(9, 2.9), sharey=True, layout="constrained")
+    for panel, (axis, curve) in zip(panels, result["axes"].items(), strict=True):
+        for (name, right), style in zip(curve["right"].items(), ("o-", "s--"), strict=True):
+            low, high = np.array([wilson(count, n) for count in right]).T
+            (line,) = panel.plot(curve["at"], 100 * np.array(right) / n, style, markersize=4, label=name)
+            panel.fill_between(curve["at"], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        panel.set(xlabel=labels[axis], ylim=(0, 101))
+        panel.grid(alpha=0.3)
+    panels[0].axvline(eps, color="black", linewidth=0.8, linestyle=":")
+    panels[0].set_ylabel(f"accuracy (%), n = {n}")
+    panels[0].legend(fontsize=8)
+    panels[1].set_xscale("log")
+    panels[1].set_xticks(result["axes"]["steps"]["at"], result["axes"]["steps"]["at"])
+    panels[1].minorticks_off()
+    panels[2].set_xticks(result["axes"]["restarts"]["at"])
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def gradient_norms(model: nn.Module, x: Tensor, y: Tensor) -> tuple[list[str], Tensor]:
+    """||grad of the training loss||, for each image alone, by each weight of two or more axes: names, (B, layers)."""
+    loss = training_ce(model, getattr(model, "margin", 0.0))
+    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1 and p.requires_grad}
+    norms = []
+    for image, label in zip(x.split(1), y.split(1), strict=True):  # a batch would hold a copy of all weights an image
+        grads = torch.autograd.grad(loss(model(image), label).sum(), list(weights.values()))
+        norms.append(torch.stack([grad.norm() for grad in grads]))
+    return [name.removesuffix(".weight") for name in weights], torch.stack(norms)
+
+
+def gradient_norm_ratio(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> dict:
+    """E(||grad_w L(x*)|| / ||grad_w L(x)||) over the images, by layer w, L the training loss (HE, Fig. 3).
+
+    Returns `layers`, and for each `mean`, the paper's figure, and `median`, which no single image can move; n, and
+    `left_out`: images whose clean gradient is 0 in float32, where there is no ratio.
+    """
+    model.eval()
+    layers, clean = gradient_norms(model, x, y)
+    _, adversarial = gradient_norms(model, x_adv, y)
+    defined = (clean > 0).all(1)
+    ratio = adversarial[defined] / clean[defined]
+    if not len(ratio):
+        raise common.UserError("the loss has no gradient on any clean image, so no ratio to it")
+    mean, median = ratio.mean(0).tolist(), ratio.median(0).values.tolist()
+    left_out = int((~defined).sum())
+    return {"layers": layers, "mean": mean, "median": median, "n": len(ratio), "left_out": left_out}
+
+
+def plot_gradient_norm_ratio(result: dict, path: Path) -> None:
+    """Mean and median ratio by layer, from the first to the last."""
+    plt = pyplot()
+    places = range(len(result["layers"]))
+    figure, axis = plt.subplots(figsize=(5, 0.9 + 0.24 * len(places)), layout="constrained")
+    axis.hlines(places, result["median"], result["mean"], color="lightgray", linewidth=2, zorder=1)
+    axis.plot(result["mean"], places, "o", label="mean")
+    axis.plot(result["median"], places, "D", markerfacecolor="white", label="median")
+    axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set(xscale="log", yticks=places, yticklabels=result["layers"], ylim=(len(places) - 0.5, -0.5))
+    axis.set_xlabel(f"gradient norm, adversarial / clean; n = {result['n']}")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def feature_map(model: models.Classifier, x: Tensor, x_adv: Tensor, y: Tensor, seed: int) -> dict:
+    """Features z of clean and attacked images in the plane: by one t-SNE of both (ABCL, App. D), or z itself if d = 2.
+
+    Returns `label`, whether it is `right_attacked`, the positions `clean` and `attacked`, (N, 2), and the `method`.
+    """
+    from sklearn.manifold import TSNE
+
+    model.eval()
+    z = torch.cat([model.features(part) for part in torch.cat([x, x_adv]).split(250)]).cpu().numpy()
+    method = "z" if z.shape[1] == 2 else "t-SNE"
+    if method == "t-SNE":
+        z = TSNE(perplexity=min(30, len(z) / 4), init="pca", random_state=seed).fit_transform(z)
+    clean, attacked = (part.tolist() for part in np.split(z.astype(float).round(3), 2))
+    right = torch.cat([predict(model, part) for part in x_adv.split(250)]) == y
+    places = {"clean": clean, "attacked": attacked, "method": method}
+    return {"label": y.tolist(), "right_attacked": right.tolist(), **places}
+
+
+def plot_feature_map(result: dict, path: Path) -> None:
+    """Clean and attacked features in two panels of one map, colored by true class; of ten classes at most."""
+    plt = pyplot()
+    label, right = np.array(result["label"]), np.array(result["right_attacked"])
+    clean, attacked = np.array(result["clean"]), np.array(result["attacked"])
+    figure, (left, other) = plt.subplots(1, 2, figsize=(8, 4), sharex=True, sharey=True, layout="constrained")
+    other.scatter(*clean.T, s=6, color="0.85", linewidths=0)
+    for k, name in enumerate(np.unique(label)[:10]):
+        color, own = f"C{k}", label == name
+        left.scatter(*clean[own].T, s=10, color=color, linewidths=0, label=str(name))
+        other.scatter(*attacked[own & right].T, s=10, color=color, linewidths=0)
+        other.scatter(*attacked[own & ~right].T, s=14, color=color, marker="x", linewidths=0.8)
+    first, second = ("$z_1$", "$z_2$") if result["method"] == "z" else ("t-SNE 1", "t-SNE 2")
+    left.set(xlabel=f"{first}, clean images", ylabel=second)
+    other.set_xlabel(f"{first}, attacked images (x: misclassified; gray: clean)")
+    for axis in (left, other):
+        axis.tick_params(labelsize=7)
+    figure.legend(loc="outside right center", title="class", fontsize=8, markerscale=2)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_examples(
+    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, eps: float, path: Path, count: int = 8
+) -> dict:
+    """Clean image, attacked image and perturbation, amplified so that -eps to eps fills the range: fooled images first.
+
+    Returns `row` (in x), `label`, and the predictions `clean` and `attacked` of the images that are shown.
+    """
+    plt = pyplot()
+    model.eval()
+    clean, attacked = (torch.cat([predict(model, part) for part in images.split(250)]) for images in (x, x_adv))
+    fooled = (clean == y) & (attacked != y)
+    rows = fooled.logical_not().to(torch.uint8).argsort(stable=True)[:count]
+    shown = {"row": rows, "label": y[rows], "clean": clean[rows], "attacked": attacked[rows]}
+    shown = {key: value.tolist() for key, value in shown.items()}
+    images = [x[rows], x_adv[rows], (x_adv[rows] - x[rows]) / (2 * eps) + 0.5]
+    names = ["clean", "attacked", f"perturbation\n(-{eps:.3g} to {eps:.3g})"]
+    figure, grid = plt.subplots(3, len(rows), figsize=(1.1 * len(rows) + 0.4, 3.9), squeeze=False, layout="constrained")
+    for axes, part, name in zip(grid, images, names, strict=True):
+        cmap = "gray" if name in ("clean", "attacked") else "RdBu_r"
+        for axis, image in zip(axes, part.permute(0, 2, 3, 1).clamp(0, 1).cpu().numpy(), strict=True):
+            axis.imshow(image, cmap=cmap, vmin=0, vmax=1)  # the map is for gray images alone
+            axis.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(name, fontsize=9)
+    for i, (label, before, after) in enumerate(zip(shown["label"], shown["clean"], shown["attacked"], strict=True)):
+        grid[0, i].set_title(f"label {label}", fontsize=9)
+        grid[0, i].set_xlabel(f"predicted {before}", fontsize=8, color="black" if before == label else "firebrick")
+        grid[1, i].set_xlabel(f"predicted {after}", fontsize=8, color="black" if after == label else "firebrick")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return shown
+
+
+ANALYSES = ("curves", "gradients", "features", "examples")
+
+
+def analyze(names: list[str], model: nn.Module, x: Tensor, y: Tensor, settings: dict, folder: Path) -> dict:
+    """The analyses called `names` under PGD-20 on the training loss; each writes FOLDER/NAME.png and gives its data."""
+    torch.manual_seed(settings["seed"])
+    budget = {"eps": settings["eps"], "norm": settings["norm"], "step_size": 2.5 * settings["eps"] / 20, "steps": 20}
+    parts = zip(x.split(settings["batch_size"]), y.split(settings["batch_size"]), strict=True)
+    x_adv = torch.cat([common.pgd(model, a, b, loss=training_ce(model, 0.0), **budget) for a, b in parts])
+    found = {}
+    if "curves" in names:
+        found["curves"] = robustness_curves(model, x, y, settings)
+        plot_robustness_curves(found["curves"], folder / "curves.png")
+    if "gradients" in names:
+        found["gradients"] = gradient_norm_ratio(model, x[:100], x_adv[:100], y[:100])
+        plot_gradient_norm_ratio(found["gradients"], folder / "gradients.png")
+    if "features" in names:
+        found["features"] = feature_map(model, x[:2000], x_adv[:2000], y[:2000], settings["seed"])
+        plot_feature_map(found["features"], folder / "features.png")
+    if "examples" in names:
+        found["examples"] = plot_examples(model, x, x_adv, y, settings["eps"], folder / "examples.png")
+    return found
+
+
+def corruptions(folder: str, model: nn.Module, x: Tensor, y: Tensor, settings: dict, out: Path) -> dict:
+    """Accuracy on the published set in `folder`, or, where that is empty, on our own approximation of it."""
+    if folder:
+        classes = predict_logits(model, x[:1]).shape[1]
+        sources, title = published_corruptions(Path(folder), tuple(x.shape[1:]), classes), folder
+    else:
+        sources = {name: partial(approximate_corruption, x, y, name) for name in CORRUPTIONS}
+        title = "our approximation, not the published -C set"
+    result = corruption_accuracy(model, sources, settings)
+    print_corruptions(result, title)
+    plot_corruptions(result, out / "corruptions.png")
+    return result | {"source": title}
+
+
+def geodesic(model: nn.Module, meta: dict, x: Tensor, y: Tensor, settings: dict) -> dict:
+    """Geodesic inference under PGD-40 on the cross-entropy and under the attack that also evades the rejection."""
+    thresholds = geodesic_thresholds(meta["geodesic"], settings["device"])
+    budget = {"eps": settings["eps"], "step_size": 2.5 * settings["eps"] / 40, "steps": 40}
+    attacks = {
+        "pgd-40": partial(common.pgd, loss=ce, **budget),
+        "geodesic-pgd-40": partial(geodesic_pgd, thresholds=thresholds, **budget),
+    }
+    results, size = {}, settings["batch_size"]
+    for name, attack in attacks.items():
+        torch.manual_seed(settings["seed"])
+        x_adv = torch.cat([attack(model, a, b) for a, b in zip(x.split(size), y.split(size), strict=True)])
+        results[name] = geodesic_inference(model, x, x_adv, y, thresholds, size)
+    return results
+
+
+def print_geodesic(results: dict) -> None:
+    for name, figures in results.items():
+        print(f"\ngeodesic inference under {name}")
+        for key, value in figures.items():
+            if isinstance(value, dict):
+                value = f"{value['percent']:.2f} % ({interval(value)}), n = {value['n']}"
+            print(f"  {key.replace('_', ' '):<28} {value}")
+
+
 # ----------------------------------------------------------------------------------------------------------- models
 
 
@@ -1355,11 +1929,7 @@ def write_verdicts(out: Path, index: Tensor, y: Tensor, outcome: dict) -> None:
 
 def plot_results(results: list[dict], path: Path) -> None:
     """Accuracy with its interval by attack, one bar a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     attacks = list(results[0]["attacks"])
     height = 0.8 / len(results)
     figure, axis = plt.subplots(figsize=(7, 1 + 0.32 * len(attacks) * max(1, len(results) / 2)), layout="constrained")
@@ -1384,6 +1954,13 @@ def plot_results(results: list[dict], path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- main
 
 
+def analyses(text: str) -> list[str]:
+    """An argparse type: names of ANALYSES, separated by commas."""
+    if unknown := set(text.split(",")) - set(ANALYSES):
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(sorted(unknown))}; choose from {', '.join(ANALYSES)}")
+    return text.split(",")
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = common.Parser(__doc__)
     flag, number = parser.add_argument, common.number
@@ -1396,6 +1973,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--data-dir", help="(default: as in training)")
     on_off = argparse.BooleanOptionalAction
     flag("--audit", action=on_off, help="check whether the figures can be believed (default: with paper and all)")
+    text = "accuracy on CIFAR-10-C or ImageNet-C in DIR as published; without DIR on our approximation"
+    flag("--corruptions", nargs="?", const="", metavar="DIR", help=text)
+    flag("--geodesic", action="store_true", help="rejection by the angle, for a D-SphereNet checkpoint")
+    flag("--analyze", type=analyses, metavar="NAMES", help=f"figures, separated by commas: {', '.join(ANALYSES)}")
     flag("--n", type=number(int, 1), help="test images, a seeded choice (default: all)")
     flag("--norm", choices=("linf", "l2"), default="linf", help="of the ball (default: linf)")
     flag("--eps", type=number(float, 0), help="(default: the papers': mnist 0.3, cifar 0.031; L2: mnist 3, cifar 1)")
@@ -1453,6 +2034,11 @@ def main(argv: list[str] | None = None) -> None:
         "torch": str(torch.__version__),
         "command": shlex.join(["python", "eval_all.py", *(sys.argv[1:] if argv is None else argv)]),
     }
+    for name, attack in attacks.items():  # refuse what cannot be, before the work
+        budget(name, attack, settings)
+    for name, _, meta in found:
+        if args.geodesic and "geodesic" not in meta:
+            raise common.UserError(f"--geodesic: {name} holds no angles; train_dsphere.py writes them")
     # Files may be ordered class by class, so a subset is drawn at random, the same for every model and every seed.
     order = np.random.default_rng(common.SPLIT_SEED).permutation(len(data.y_test))
     index = torch.from_numpy(np.sort(order[: args.n]))
@@ -1468,6 +2054,13 @@ def main(argv: list[str] | None = None) -> None:
         results.append(report(name, meta, outcome, settings))
         if args.audit:
             results[-1]["audit"] = audit(model, x, y, settings)
+        if args.corruptions is not None:
+            results[-1]["corruptions"] = corruptions(args.corruptions, model, x, y, settings | {"n": args.n}, folder)
+        if args.geodesic:
+            results[-1]["geodesic"] = geodesic(model, meta, x, y, settings)
+            print_geodesic(results[-1]["geodesic"])
+        if args.analyze:
+            results[-1]["analyses"] = analyze(args.analyze, model, x, y, settings, folder)
         write_verdicts(folder, index, y, outcome)
         write_results(folder, results[-1:])
         journal.close()
