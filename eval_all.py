@@ -6,15 +6,24 @@
     python eval_all.py wrn.pt --arch wrn-34-10 --head he --dataset cifar10     # a published TRADES / MART / HE file
     python eval_all.py --model my_file.py:make_model --dataset cifar10         # any nn.Module on [0, 1] images
 
-Attacks, in the order of this file (all Linf, eps in pixel units; -N is a number of steps, any number will do):
+What is in this file, in its order; eps is in pixel units, -N a number of steps, any number will do, and * knows both
+norms, Linf and (--norm l2) L2:
 
-    clean, noise             no attack; uniform noise in the ball
-    fgsm, bim-N, mim-N       one step, many steps, many steps with momentum, from the image itself
-    pgd-N                    random start, CE on the logits as the model gives them, as in the papers' own code
-    pgd-N-scaled             the same on scale * logits, the logits that an HE model was trained with
-    adaptive-pgd-N           the same on the training cross-entropy, with its scale and margin
-    cw-inf, cw-inf-N         the margin loss of Carlini & Wagner under PGD, 20 steps if not said otherwise
-    autoattack-official      the autoattack package, where it is installed
+    in the ball              clean, noise*
+      fgsm*, bim-N*, mim-N*  one step, many steps, many steps with momentum, from the image itself
+      pgd-N*                 random start, CE on the logits as the model gives them, as in the papers' own code
+      pgd-N-scaled*          the same on scale * logits, the logits that an HE model was trained with
+      adaptive-pgd-N*        the same on the training cross-entropy, with its scale and margin
+      cw-inf*, cw-inf-N*     the margin loss of Carlini & Wagner under PGD, 20 steps if not said otherwise
+      mta-N*, feature        PGD towards each wrong class, towards the features of images of other classes
+      apgd-ce*, apgd-t*      Auto-PGD on the cross-entropy, on the targeted DLR loss
+    the nearest image        fab-t*, deepfool*, cw-l2: counted if it lies within eps, with the median distance
+    black box                square*, spsa-N, nes-N, zoo, rays, with the queries that an image took
+    autoattack*              apgd-ce, apgd-t, fab-t and square; autoattack-official is the authors' package
+    evaluator, audit         what counts, what goes on after an interruption; when not to believe a figure
+    --corruptions [DIR]      CIFAR-10-C, ImageNet-C, or our approximation of them
+    --geodesic               D-SphereNet's rejection by the angle, and an attack that evades it
+    --analyze NAMES          curves, gradients, features, examples: figures
 
 The evaluator decides what counts, not the attack: an adversarial image must lie in the ball and in [0, 1], and the
 model must misclassify it in float32. An image that is misclassified clean is not robust under any attack.
