@@ -63,6 +63,7 @@ import models
 # (model, x, y, *, eps, **options) -> x_adv; x and x_adv are (B, C, H, W) in [0, 1]. The evaluator has put the model in
 # eval mode, frozen its parameters and seeded the generator. An image leaves the batch once it is fooled.
 
+NORMS = {"linf": "Linf", "l2": "L2"}
 TOLERANCE = 1e-6  # of a distance or a pixel value, in float32
 NEWTON_STEPS = 15
 Attack = Callable[..., Tensor]
@@ -886,8 +887,9 @@ def check_range(name: str, x_adv: Tensor) -> None:
 def identity(model: nn.Module, x: Tensor, y: Tensor, settings: dict) -> str:
     """A digest of all that verdicts depend on, apart from the list of attacks: weights, images, settings."""
     digest = hashlib.sha256(json.dumps({k: v for k, v in settings.items() if k != "command"}).encode())
-    for tensor in (*model.state_dict().values(), x, y):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    weights = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    for tensor in (*weights, x, y):
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())  # any dtype, bfloat16 too
     return digest.hexdigest()
 
 
@@ -1867,9 +1869,8 @@ def interval(row: dict) -> str:
 
 
 def heading(result: dict) -> str:
-    n = result["attacks"]["clean"]["n"]
-    norm = {"linf": "Linf", "l2": "L2"}[result["norm"]]
-    return f"{result['dataset']}, n = {n} test images, {norm} eps {result['eps']:.4g}; in brackets the 95 % interval"
+    n, ball = result["attacks"]["clean"]["n"], f"{NORMS[result['norm']]} eps {result['eps']:.4g}"
+    return f"{result['dataset']}, n = {n} test images, {ball}; in brackets the 95 % interval"
 
 
 def remark(name: str, row: dict, result: dict) -> str:
@@ -1953,7 +1954,9 @@ def plot_results(results: list[dict], path: Path) -> None:
     axis.set(yticks=range(len(attacks)), yticklabels=attacks, xlim=(0, 110), ylim=(len(attacks) - 0.5, -0.5))
     first = results[0]
     n = first["attacks"]["clean"]["n"]
-    axis.set_xlabel(f"accuracy (%), 95 % interval; {first['dataset']}, n = {n}, {first['norm']} eps {first['eps']:.3g}")
+    axis.set_xlabel(
+        f"accuracy (%), 95 % interval; {first['dataset']}, n = {n}, {NORMS[first['norm']]} eps {first['eps']:.3g}"
+    )
     if len(results) > 1:
         figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -1987,7 +1990,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--geodesic", action="store_true", help="rejection by the angle, for a D-SphereNet checkpoint")
     flag("--analyze", type=analyses, metavar="NAMES", help=f"figures, separated by commas: {', '.join(ANALYSES)}")
     flag("--n", type=number(int, 1), help="test images, a seeded choice (default: all)")
-    flag("--norm", choices=("linf", "l2"), default="linf", help="of the ball (default: linf)")
+    flag("--norm", choices=NORMS, default="linf", help="of the ball (default: linf)")
     flag("--eps", type=number(float, 0), help="(default: the papers': mnist 0.3, cifar 0.031; L2: mnist 3, cifar 1)")
     flag("--step-size", type=number(float, 0, 1), help="(default: the papers' where it crosses the ball in N steps)")
     flag("--restarts", type=number(int, 1), default=1, help="of the attacks that start at random (default: 1)")
@@ -2061,6 +2064,9 @@ def main(argv: list[str] | None = None) -> None:
         journal = Journal(folder / "unfinished.pt", identity(model, x, y, settings))
         outcome = evaluate(model, attacks, x, y, settings, journal)
         results.append(report(name, meta, outcome, settings))
+        write_verdicts(folder, index, y, outcome)
+        write_results(folder, results[-1:])  # before what may yet fail
+        journal.close()
         if args.audit:
             results[-1]["audit"] = audit(model, x, y, settings)
         if args.corruptions is not None:
@@ -2070,9 +2076,7 @@ def main(argv: list[str] | None = None) -> None:
             print_geodesic(results[-1]["geodesic"])
         if args.analyze:
             results[-1]["analyses"] = analyze(args.analyze, model, x, y, settings, folder)
-        write_verdicts(folder, index, y, outcome)
         write_results(folder, results[-1:])
-        journal.close()
         print_report(results[-1])
         print_audit(results[-1].get("audit", []))
     if len(results) > 1:

@@ -338,3 +338,23 @@ def test_an_attack_of_the_linf_ball_is_refused_under_l2(small_model):
         eval_all.evaluate(
             small_model, eval_all.named_attacks("rays"), x, small_model(x).argmax(1), SETTINGS | {"norm": "l2"}
         )
+
+
+def test_what_was_found_is_kept_where_the_audit_cannot_go_on(cli, run_folder, monkeypatch):
+    def fails(*_):
+        raise common.UserError("attack audit failed")
+
+    run = run_folder("run")
+    monkeypatch.setattr(eval_all, "audit", fails)
+    code, _, err = cli("eval_all", run, "--attacks", "fgsm", "--audit")
+    assert code == 2 and "audit failed" in err
+    assert json.loads((run / "eval" / "eval.json").read_text())["attacks"]["fgsm"]["n"] == 20
+
+
+def test_the_identity_of_an_evaluation_is_its_weights_images_and_settings(small_model):
+    x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    first = eval_all.identity(small_model, x, y, SETTINGS | {"command": "one"})
+    assert first == eval_all.identity(small_model, x, y, SETTINGS | {"command": "another"})
+    assert first != eval_all.identity(small_model, x, y, SETTINGS | {"eps": 0.2})
+    assert first != eval_all.identity(small_model, x.flip(0), y, SETTINGS)
+    assert first != eval_all.identity(small_model.bfloat16(), x, y, SETTINGS)
