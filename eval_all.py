@@ -1197,19 +1197,24 @@ def contrast(x: Tensor, share: float) -> Tensor:
     return torch.lerp(x.mean((2, 3), keepdim=True), x, share)
 
 
+def cell_means(side: int, share: float, like: Tensor) -> Tensor:
+    """The matrix (side, side) that puts the mean of its cell in place of each pixel."""
+    cell = torch.arange(side, device=like.device) * max(1, round(share * side)) // side
+    same = (cell[:, None] == cell).to(like.dtype)
+    return same / same.sum(1)
+
+
 def pixelate(x: Tensor, share: float) -> Tensor:
-    """Shrunk to that share of the pixels of a side, and enlarged again."""
-    height, width = x.shape[2:]
-    small = F.adaptive_avg_pool2d(x, (max(1, round(share * height)), max(1, round(share * width))))
-    return F.interpolate(small, (height, width), mode="nearest-exact")
+    """Cells of one color, that share of the pixels of a side in number; no pixel is in two, which would blur."""
+    return cell_means(x.shape[2], share, x) @ x @ cell_means(x.shape[3], share, x)
 
 
 def jpeg(x: Tensor, quality: float) -> Tensor:
     """Written and read by Pillow, in memory, one by one: it knows no batches."""
     from PIL import Image
 
-    pixels, read = (255 * x).round().byte().permute(0, 2, 3, 1).cpu().numpy(), []
-    for image in pixels:
+    read = []
+    for image in (255 * x).round().byte().permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
         Image.fromarray(image.squeeze()).save(file, "JPEG", quality=quality)
         read.append(np.asarray(Image.open(file)).reshape(image.shape))
@@ -1271,6 +1276,11 @@ def cifar_c(path: Path, shape: tuple[int, int, int], num_classes: int, severity:
     return torch.from_numpy(np.array(x[rows])).permute(0, 3, 1, 2), torch.from_numpy(y[rows].astype(np.int64))
 
 
+def pixels(image: object) -> Tensor:
+    """A PIL image as it is, uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def imagenet_c(
     folder: Path, shape: tuple[int, int, int], num_classes: int, severity: int
 ) -> tuple[common.ImageFiles, Tensor]:
@@ -1282,11 +1292,7 @@ def imagenet_c(
     if len(wnids) != num_classes:
         raise common.UserError(f"{folder / str(severity)}: {len(wnids)} classes, but the model has {num_classes}")
     files, labels = zip(*samples, strict=True)
-
-    def view(image: object) -> Tensor:
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-    images = common.ImageFiles(files, shape[1], view, view)
+    images = common.ImageFiles(files, shape[1], pixels, pixels)
     found = tuple(images[:1].shape[1:])
     if found != shape:
         raise common.UserError(f"{files[0]}: an image {found}; the model takes {shape}")
@@ -1475,7 +1481,8 @@ CURVE_RESTARTS = (1, 2, 3, 4, 5)
 def robustness_curves(model: nn.Module, x: Tensor, y: Tensor, settings: dict, steps: int = 20) -> dict:
     """Accuracy against eps and restarts under PGD-`steps`, and against the number of steps (Carlini et al. 2019).
 
-    settings are evaluate's. Returns n, eps and `steps`, and for each axis its values `at` and `right` {attack: counts}.
+    settings are evaluate's. Returns n, norm, eps, `attack_steps`, and `axes`: for each its values `at` and the counts
+    `right` {attack: [...]}. Restarts add up: each one attacks what the ones before it left standing.
     """
     model.eval()
     clean = torch.cat([predict(model, part) for part in x.split(settings["batch_size"])]) == y
@@ -1485,7 +1492,8 @@ def robustness_curves(model: nn.Module, x: Tensor, y: Tensor, settings: dict, st
         attack = partial(CURVES[name], steps=steps)
         return run_attack(model, name, attack, x, y, alive, base | changed, Journal())["right"]
 
-    eps = [factor * settings["eps"] for factor in CURVE_EPS if factor * settings["eps"] <= 1]
+    widest = 1 if settings["norm"] == "linf" else math.inf
+    eps = [factor * settings["eps"] for factor in CURVE_EPS if factor * settings["eps"] <= widest]
     curves = {axis: {} for axis in ("eps", "steps", "restarts")}
     for name in CURVES:
         curves["eps"][name] = [int((right(name, steps, eps=e) if e else clean).sum()) for e in eps]
@@ -1496,7 +1504,7 @@ def robustness_curves(model: nn.Module, x: Tensor, y: Tensor, settings: dict, st
             curves["restarts"][name].append(int(alive.sum()))
     values = {"eps": eps, "steps": list(CURVE_STEPS), "restarts": list(CURVE_RESTARTS)}
     axes = {axis: {"at": values[axis], "right": curves[axis]} for axis in curves}
-    return {"n": len(y), "eps": settings["eps"], "attack_steps": steps, "axes": axes}
+    return {"n": len(y), "norm": settings["norm"], "eps": settings["eps"], "attack_steps": steps, "axes": axes}
 
 
 def plot_robustness_curves(result: dict, path: Path) -> None:
@@ -1504,7 +1512,7 @@ def plot_robustness_curves(result: dict, path: Path) -> None:
     plt = pyplot()
     n, eps, steps = result["n"], result["eps"], result["attack_steps"]
     labels = {
-        "eps": f"Linf eps, {steps} steps",
+        "eps": f"{NORMS[result['norm']]} eps, {steps} steps",
         "steps": f"steps, eps {eps:.3g}",
         "restarts": f"restarts of {steps} steps",
     }
@@ -1565,10 +1573,11 @@ def plot_gradient_norm_ratio(result: dict, path: Path) -> None:
     axis.plot(result["mean"], places, "o", label="mean")
     axis.plot(result["median"], places, "D", markerfacecolor="white", label="median")
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.set(xscale="log", yticks=places, yticklabels=result["layers"], ylim=(len(places) - 0.5, -0.5))
-    axis.set_xlabel(f"gradient norm, adversarial / clean; n = {result['n']}")
+    wide = max(result["mean"]) > 20 * min(result["median"])
+    axis.set(yticks=places, yticklabels=result["layers"], ylim=(len(places) - 0.5, -0.5))
+    axis.set(xscale="log" if wide else "linear", xlabel="gradient norm, adversarial / clean")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(title=f"n = {result['n']}", title_fontsize=8, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -1605,31 +1614,33 @@ def plot_feature_map(result: dict, path: Path) -> None:
         other.scatter(*attacked[own & right].T, s=10, color=color, linewidths=0)
         other.scatter(*attacked[own & ~right].T, s=14, color=color, marker="x", linewidths=0.8)
     first, second = ("$z_1$", "$z_2$") if result["method"] == "z" else ("t-SNE 1", "t-SNE 2")
-    left.set(xlabel=f"{first}, clean images", ylabel=second)
-    other.set_xlabel(f"{first}, attacked images (x: misclassified; gray: clean)")
-    for axis in (left, other):
-        axis.tick_params(labelsize=7)
+    left.set_ylabel(second)
+    left.set_xlabel(f"{first}; clean images", fontsize=9)
+    other.set_xlabel(f"{first}; attacked images (x misclassified, gray: clean)", fontsize=9)
+    if result["method"] == "t-SNE":  # whose coordinates mean nothing
+        left.set(xticks=[], yticks=[])
     figure.legend(loc="outside right center", title="class", fontsize=8, markerscale=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def plot_examples(
-    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, eps: float, path: Path, count: int = 8
-) -> dict:
-    """Clean image, attacked image and perturbation, amplified so that -eps to eps fills the range: fooled images first.
+def plot_examples(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, path: Path, count: int = 8) -> dict:
+    """Clean image, attacked image and perturbation, amplified to fill the range: in Linf, that is -eps to eps.
 
-    Returns `row` (in x), `label`, and the predictions `clean` and `attacked` of the images that are shown.
+    Shown are `count` images, always the same choice of them, those first that the attack fools. Returns `row` (in x),
+    `label`, and the predictions `clean` and `attacked` of each.
     """
     plt = pyplot()
     model.eval()
     clean, attacked = (torch.cat([predict(model, part) for part in images.split(250)]) for images in (x, x_adv))
     fooled = (clean == y) & (attacked != y)
-    rows = fooled.logical_not().to(torch.uint8).argsort(stable=True)[:count]
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(common.SPLIT_SEED)).to(y.device)
+    rows = order[(~fooled[order]).to(torch.uint8).argsort(stable=True)][:count]
     shown = {"row": rows, "label": y[rows], "clean": clean[rows], "attacked": attacked[rows]}
     shown = {key: value.tolist() for key, value in shown.items()}
-    images = [x[rows], x_adv[rows], (x_adv[rows] - x[rows]) / (2 * eps) + 0.5]
-    names = ["clean", "attacked", f"perturbation\n(-{eps:.3g} to {eps:.3g})"]
+    reach = max(float((x_adv - x)[rows].abs().max()), 1e-6)
+    images = [x[rows], x_adv[rows], (x_adv - x)[rows] / (2 * reach) + 0.5]
+    names = ["clean", "attacked", f"perturbation\n(-{reach:.3g} to {reach:.3g})"]
     figure, grid = plt.subplots(3, len(rows), figsize=(1.1 * len(rows) + 0.4, 3.9), squeeze=False, layout="constrained")
     for axes, part, name in zip(grid, images, names, strict=True):
         cmap = "gray" if name in ("clean", "attacked") else "RdBu_r"
@@ -1666,7 +1677,7 @@ def analyze(names: list[str], model: nn.Module, x: Tensor, y: Tensor, settings: 
         found["features"] = feature_map(model, x[:2000], x_adv[:2000], y[:2000], settings["seed"])
         plot_feature_map(found["features"], folder / "features.png")
     if "examples" in names:
-        found["examples"] = plot_examples(model, x, x_adv, y, settings["eps"], folder / "examples.png")
+        found["examples"] = plot_examples(model, x, x_adv, y, folder / "examples.png")
     return found
 
 
@@ -2048,6 +2059,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     for name, attack in attacks.items():  # refuse what cannot be, before the work
         budget(name, attack, settings)
+    if args.geodesic and args.norm != "linf":
+        raise common.UserError("--geodesic: its adaptive attack knows the Linf ball alone")
     for name, _, meta in found:
         if args.geodesic and "geodesic" not in meta:
             raise common.UserError(f"--geodesic: {name} holds no angles; train_dsphere.py writes them")
