@@ -101,8 +101,8 @@ def main(argv=None):
     plain = args.correlation == "inner"
     head = "linear" if plain else "sphere_wm" if args.loss == "wm" else "sphere"
     sphere = dict(correlation=args.correlation, manifold=args.manifold)
-    if args.train == "natural":
-        sphere |= dict(mean=None, std=None)
+    middle = None if args.train == "natural" else [0.5] * data.in_channels
+    sphere |= dict(mean=middle, std=middle)
     model = common.build_model(args, data, head=head, **sphere)
     run = common.Run(args, model, data, natural=args.train == "natural")
 
