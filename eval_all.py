@@ -2,14 +2,15 @@
 
     python eval_all.py runs/angular_at-digits-s0                      # a run directory (its best.pt) or a .pt file
     python eval_all.py runs/A runs/B --attacks paper --n 1000         # several: one table and one plot
-    python eval_all.py runs/A --attacks pgd-40,mim-100 --step-size 0.01 --restarts 5
+    python eval_all.py runs/A runs/B --source runs/A runs/B           # transfer, from each to each
+    python eval_all.py runs/A --attacks pgd-40@0.01,mim-100 --restarts 5
     python eval_all.py wrn.pt --arch wrn-34-10 --head he --dataset cifar10     # a published TRADES / MART / HE file
     python eval_all.py --model my_file.py:make_model --dataset cifar10         # any nn.Module on [0, 1] images
 
 What is in this file, in its order; eps is in pixel units, -N a number of steps, any number will do, and * knows both
 norms, Linf and (--norm l2) L2:
 
-    in the ball              clean, noise*
+    in the ball              clean, noise*; NAME@0.01 sets a step size
       fgsm*, bim-N*, mim-N*  one step, many steps, many steps with momentum, from the image itself
       pgd-N*                 random start, CE on the logits as the model gives them, as in the papers' own code
       pgd-N-scaled*          the same on scale * logits, the logits that an HE model was trained with
@@ -19,6 +20,7 @@ norms, Linf and (--norm l2) L2:
       apgd-ce*, apgd-t*      Auto-PGD on the cross-entropy, on the targeted DLR loss
     the nearest image        fab-t*, deepfool*, cw-l2: counted if it lies within eps, with the median distance
     black box                square*, spsa-N, nes-N, zoo, rays, with the queries that an image took
+    NAME from SOURCE         with --source: fgsm, mim-20 and pgd-20 crafted on another model
     autoattack*              apgd-ce, apgd-t, fab-t and square; autoattack-official is the authors' package
     evaluator, audit         what counts, what goes on after an interruption; when not to believe a figure
     --corruptions [DIR]      CIFAR-10-C, ImageNet-C, or our approximation of them
@@ -107,40 +109,43 @@ def noise(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "li
     return common.random_start(x, eps, norm)
 
 
-def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf") -> Tensor:
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", loss: Loss = ce) -> Tensor:
     """Goodfellow et al. 2015 (HE, Eq. 17): one step of eps along the sign of the gradient."""
-    return common.pgd(model, x, y, loss=ce, eps=eps, step_size=eps, steps=1, start=x, norm=norm)
+    return common.pgd(model, x, y, loss=loss, eps=eps, step_size=eps, steps=1, start=x, norm=norm)
 
 
-def bim(model: nn.Module, x: Tensor, y: Tensor, *, drop_fooled: bool = True, **budget: float) -> Tensor:
+def bim(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """Kurakin et al. 2017 (HE, Eq. 18): PGD from the image itself."""
-    return common.pgd(model, x, y, loss=ce, start=x, drop_fooled=drop_fooled, **budget)
+    return pgd(model, x, y, start=x, **budget)
 
 
-def mim(model: nn.Module, x: Tensor, y: Tensor, *, drop_fooled: bool = True, **budget: float) -> Tensor:
+def mim(
+    model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = ce, drop_fooled: bool = True, **budget: float
+) -> Tensor:
     """Dong et al. 2018 (HE, Eq. 19 and 20): BIM with momentum 1 on the L1-normalized gradient."""
-    return common.pgd(model, x, y, loss=ce, start=x, momentum=1.0, drop_fooled=drop_fooled, **budget)
+    return common.pgd(model, x, y, loss=loss, start=x, momentum=1.0, drop_fooled=drop_fooled, **budget)
 
 
-def pgd(model: nn.Module, x: Tensor, y: Tensor, *, drop_fooled: bool = True, **budget: float) -> Tensor:
+def pgd(
+    model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = ce, drop_fooled: bool = True, **budget: float
+) -> Tensor:
     """Madry et al. 2018, CE on model(x). On an HE model these are the raw cosines, which makes it a weak attack."""
-    return common.pgd(model, x, y, loss=ce, drop_fooled=drop_fooled, **budget)
+    return common.pgd(model, x, y, loss=loss, drop_fooled=drop_fooled, **budget)
 
 
 def pgd_scaled(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """PGD on CE(s * model(x), y), s the scale that the model was trained with (1 for a linear head)."""
-    return common.pgd(model, x, y, loss=training_ce(model, 0.0), drop_fooled=True, **budget)
+    return pgd(model, x, y, loss=training_ce(model, 0.0), **budget)
 
 
 def adaptive_pgd(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """PGD on the training cross-entropy with its scale and margin (HE, Sec. 4.1, 'Adaptive attacks')."""
-    loss = training_ce(model, getattr(model, "margin", 0.0))
-    return common.pgd(model, x, y, loss=loss, drop_fooled=True, **budget)
+    return pgd(model, x, y, loss=training_ce(model, getattr(model, "margin", 0.0)), **budget)
 
 
 def cw_inf(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """PGD on the margin of the logits (Carlini & Wagner 2017 under Linf; Angular-AT, Sec. 5)."""
-    return common.pgd(model, x, y, loss=cw_margin, drop_fooled=True, **budget)
+    return pgd(model, x, y, loss=cw_margin, **budget)
 
 
 def by_target(
@@ -707,6 +712,32 @@ def rays(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int = 1
     return x_adv
 
 
+# --------------------------------------------------------------------------------------------------------- transfer
+
+FROM = " from "  # a name such as "pgd-20 from SOURCE"
+
+
+def transferred(
+    model: nn.Module, x: Tensor, y: Tensor, *, source: nn.Module, attack: Attack, **budget: float
+) -> Tensor:
+    """`attack` on another model, `source`, on the cross-entropy that it was trained with (HE, App. C.4).
+
+    `model` is not asked, and the attack goes on to its last step: what fools the source at once may not transfer yet.
+    """
+    return attack(source, x, y, loss=training_ce(source, 0.0), **budget)
+
+
+def transfer_attacks(sources: list[tuple[str, nn.Module, dict]]) -> dict[str, Attack]:
+    """FGSM, MIM-20 and PGD-20 from each source, given its name and its model."""
+    attacks = {}
+    for name, source, _ in sources:
+        crafted = partial(transferred, source=source)
+        attacks[f"fgsm{FROM}{name}"] = partial(crafted, attack=fgsm)
+        attacks[f"mim-20{FROM}{name}"] = partial(crafted, attack=partial(mim, drop_fooled=False), steps=20)
+        attacks[f"pgd-20{FROM}{name}"] = partial(crafted, attack=partial(pgd, drop_fooled=False), steps=20)
+    return attacks
+
+
 # ------------------------------------------------------------------------------------------------------- autoattack
 
 
@@ -741,6 +772,7 @@ ATTACKS: dict[str, Attack] = {
     "clean": clean,
     "noise": noise,
     "fgsm": fgsm,
+    "fgsm-l2": partial(fgsm, norm="l2"),
     "bim-20": partial(bim, steps=20),
     "mim-20": partial(mim, steps=20),
     "pgd-20": partial(pgd, steps=20),
@@ -787,8 +819,23 @@ IN_BFLOAT16 = (
 )
 PRESETS = {
     "quick": ["clean", "noise", "fgsm", "pgd-20", "pgd-20-scaled", "cw-inf"],
-    "paper": ["clean", "fgsm", "mim-20", "pgd-20", "pgd-500", "cw-inf", "adaptive-pgd-20", "adaptive-pgd-500"],
     "all": list(ATTACKS),
+}
+HE = (  # Tables 2, 3, 6 and 8, and the adaptive attacks of Sec. 4.1
+    "fgsm mim-20 pgd-20 pgd-50 pgd-500 deepfool-100 cw-inf feature fab-t adaptive-pgd-20 adaptive-pgd-500 autoattack "
+    "rays zoo spsa-20 spsa-50 spsa-80 nes-20 nes-50 nes-80"
+)
+WEIGHTPEN_SMALL = "pgd-40@0.01 pgd-200@0.01 deepfool cw-l2 mta-200@0.01"  # Table 4, MNIST
+WEIGHTPEN = "pgd-20@0.0031 pgd-100@0.0031 deepfool cw-l2 mta-100@0.0031"  # Table 5
+PAPER = {  # what the paper of a method reports, by how the method's name begins; "" is any other model
+    "angular_at": "pgd-20 pgd-500 cw-inf autoattack spsa-80",
+    "dsphere": "fgsm pgd-100",
+    "cnn": "fgsm pgd-100",
+    "abcl": "bim-20 fgsm-l2",
+    "weightpen": WEIGHTPEN,
+    "mart": WEIGHTPEN,
+    "mmc": WEIGHTPEN,
+    "": HE,
 }
 THREAT = {  # Linf eps and step size, L2 eps, of the papers' evaluations; digits is ours
     "digits": (0.1, 0.01, 0.5),
@@ -825,23 +872,45 @@ def default_step_size(known: str | None, eps: float, steps: int, norm: str) -> f
 
 
 def find_attack(name: str) -> Attack:
-    """ATTACKS[name]; a name that differs from one of them only in its number of steps gives that attack."""
-    if name == "autoattack-official" and importlib.util.find_spec("autoattack") is None:
+    """The attack of that name: one of ATTACKS, perhaps with another number of steps, and with `@0.01` a step size."""
+    plain, at, step_size = name.partition("@")
+    if plain == "autoattack-official" and importlib.util.find_spec("autoattack") is None:
         raise common.UserError(GET_AUTOATTACK)
-    if name in ATTACKS:
-        return ATTACKS[name]
-    steps = re.search(r"-([1-9]\d{0,5})(?=-|$)", name)
-    for other, attack in ATTACKS.items():
-        if steps and steps_of(attack) and re.sub(r"-\d+", "", other) == name.replace(steps[0], "", 1):
-            return partial(attack.func, steps=int(steps[1]))
-    raise common.UserError(f"unknown attack {name!r}: choose from {', '.join(ATTACKS)} or {', '.join(PRESETS)}")
+    attack = ATTACKS.get(plain)
+    steps = re.search(r"-([1-9]\d{0,5})(?=-|$)", plain)
+    for other, one in ATTACKS.items():
+        if not attack and steps and steps_of(one) and re.sub(r"-\d+", "", other) == plain.replace(steps[0], "", 1):
+            attack = partial(one.func, steps=int(steps[1]))
+    if not attack:
+        names = ", ".join([*PRESETS, "paper", *ATTACKS])
+        raise common.UserError(f"unknown attack {name!r}: choose from {names}")
+    if not at:
+        return attack
+    if not {"budget", "options", "step_size"} & set(inspect.signature(function_of(attack)).parameters):
+        raise common.UserError(f"attack {name!r}: {plain} has no step size")
+    try:
+        return partial(attack, step_size=common.number(float, 0, 1)(step_size))
+    except argparse.ArgumentTypeError as error:
+        raise common.UserError(f"attack {name!r}: {error}") from None
 
 
-def named_attacks(text: str) -> dict[str, Attack]:
-    """The attacks of --attacks: names and presets, separated by commas; clean comes first in any case."""
-    names = ["clean"]
+def paper_attacks(method: str, known: str | None) -> list[str]:
+    """What the paper of `method` reports, with its step sizes; PAPER's first entry that the name begins with."""
+    text = next(PAPER[prefix] for prefix in PAPER if method.startswith(prefix))
+    return (WEIGHTPEN_SMALL if text is WEIGHTPEN and known in ("digits", "mnist") else text).split()
+
+
+def named_attacks(text: str, methods: tuple[str, ...] = ("",), known: str | None = None) -> dict[str, Attack]:
+    """The attacks of --attacks: names and presets, separated by commas; clean comes first in any case.
+
+    `paper` is what the papers of `methods` report on the dataset `known`, all of it for each of them.
+    """
+    names, presets = (
+        ["clean"],
+        {**PRESETS, "paper": [name for method in methods for name in paper_attacks(method, known)]},
+    )
     for part in text.split(","):
-        names += PRESETS.get(part.strip(), [part.strip()])
+        names += presets.get(part.strip(), [part.strip()])
         if part.strip() == "all" and importlib.util.find_spec("autoattack") is None:
             names.remove("autoattack-official")
             print(f"left out: {GET_AUTOATTACK}")
@@ -884,10 +953,10 @@ def check_range(name: str, x_adv: Tensor) -> None:
         raise common.UserError(f"attack {name} left [0, 1]: {low:.6g} to {high:.6g}")
 
 
-def identity(model: nn.Module, x: Tensor, y: Tensor, settings: dict) -> str:
+def identity(nets: list[nn.Module], x: Tensor, y: Tensor, settings: dict) -> str:
     """A digest of all that verdicts depend on, apart from the list of attacks: weights, images, settings."""
     digest = hashlib.sha256(json.dumps({k: v for k, v in settings.items() if k != "command"}).encode())
-    weights = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    weights = [value for net in nets for value in net.state_dict().values() if isinstance(value, Tensor)]
     for tensor in (*weights, x, y):
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())  # any dtype, bfloat16 too
     return digest.hexdigest()
@@ -946,8 +1015,9 @@ def crafting(model: nn.Module, attack: Attack, amp: bool) -> Iterator[list[int]]
 
 
 def threat(attack: Attack, settings: dict) -> dict:
-    """The norm and eps of the attack: those of the evaluation, except that C&W-L2 has its own."""
-    if function_of(attack) is cw_l2 and settings["norm"] != "l2":
+    """The norm and eps of the attack: those of the evaluation, except that C&W-L2 and fgsm-l2 have their own."""
+    own = function_of(attack) is cw_l2 or "norm" in getattr(attack, "keywords", {})
+    if own and settings["norm"] != "l2":
         return {"norm": "l2", "eps": THREAT[settings["known"]][2]}
     return {"norm": settings["norm"], "eps": settings["eps"]}
 
@@ -961,9 +1031,9 @@ def budget(name: str, attack: Attack, settings: dict) -> dict:
     elif within["norm"] != "linf" and function_of(attack) not in (clean, cw_l2):
         raise common.UserError(f"attack {name} knows the Linf ball alone")
     if steps and takes(attack, "step_size"):
-        chosen = settings["step_size"]
-        options["step_size"] = default_step_size(settings["known"], within["eps"], steps, within["norm"])
-        options["step_size"] = options["step_size"] if chosen is None else chosen
+        papers = default_step_size(settings["known"], within["eps"], steps, within["norm"])
+        chosen = attack.keywords.get("step_size", settings["step_size"])  # the name's own, or the flag's
+        options["step_size"] = papers if chosen is None else chosen
     return options
 
 
@@ -1738,8 +1808,6 @@ def imports_from(folder: Path) -> Iterator[None]:
 def user_model(text: str) -> tuple[nn.Module, str]:
     """The module that FILE.py:FUNCTION makes, and its name."""
     path, _, function = text.rpartition(":")
-    if not path:
-        raise common.UserError(f"--model {text}: give FILE.py:FUNCTION")
     if not Path(path).is_file() or not path.endswith(".py"):
         raise common.UserError(f"--model {text}: there is no Python file {path}")
     spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
@@ -1784,27 +1852,40 @@ def model_name(path: Path) -> str:
     return {"best.pt": folder, "last.pt": f"{folder}-last"}.get(path.name, path.stem)
 
 
-def load_models(args: argparse.Namespace) -> list[tuple[str, nn.Module, dict]]:
-    """(name, model, meta) for each checkpoint and --model, names made distinct."""
-    found, foreign = [], foreign_options(args)
-    for path in args.checkpoints:
-        file = common.checkpoint_file(path)
-        model, meta = common.load_checkpoint(file, args.device, **foreign)
-        found.append((model_name(file), model, meta | {"checkpoint": str(file)}))
-    if args.arch and not any("args" not in meta for _, _, meta in found):
-        raise common.UserError("--arch is for a bare state dict; these checkpoints say themselves what they are")
-    for text in args.model:
-        model, name = user_model(text)
-        found.append((name, model.to(args.device).eval(), {"checkpoint": text}))
-    if not found:
-        raise common.UserError("name a checkpoint, a run directory, or --model FILE.py:FUNCTION")
+Found = list[tuple[str, nn.Module, dict]]  # name, model and what its checkpoint says
+
+
+def load_models(texts: list[str], foreign: dict, device: str) -> Found:
+    """Checkpoints, run directories and FILE.py:FUNCTION, in eval mode; `foreign` is for bare state dicts."""
+    found = []
+    for text in texts:
+        if ".py:" in text:
+            model, name = user_model(text)
+            found.append((name, model.to(device).eval(), {"checkpoint": text}))
+        else:
+            file = common.checkpoint_file(text)
+            model, meta = common.load_checkpoint(file, device, **foreign)
+            found.append((model_name(file), model, meta | {"checkpoint": str(file)}))
     names = [name for name, _, _ in found]
     if len(set(names)) < len(names):
         found = [(f"{i + 1}-{name}", model, meta) for i, (name, model, meta) in enumerate(found)]
     return found
 
 
-def load_test_set(args: argparse.Namespace, found: list[tuple[str, nn.Module, dict]]) -> common.Data:
+def targets_and_sources(args: argparse.Namespace) -> tuple[Found, Found]:
+    if misnamed := [text for text in args.model if ".py:" not in text]:
+        raise common.UserError(f"--model {misnamed[0]}: give FILE.py:FUNCTION")
+    foreign = foreign_options(args)
+    found = load_models([*args.checkpoints, *args.model], foreign, args.device)
+    sources = load_models(args.source, foreign, args.device)
+    if not found:
+        raise common.UserError("name a checkpoint, a run directory, or --model FILE.py:FUNCTION")
+    if args.arch and all("args" in meta or ".py:" in meta["checkpoint"] for _, _, meta in found + sources):
+        raise common.UserError("--arch is for a bare state dict; these checkpoints say themselves what they are")
+    return found, sources
+
+
+def load_test_set(args: argparse.Namespace, found: Found) -> common.Data:
     """The one dataset that all models are tested on, and the check that each of them fits it."""
     trained_on = {meta["args"]["dataset"]: meta["args"]["data_dir"] for _, _, meta in found if "args" in meta}
     if not args.dataset and len(trained_on) != 1:
@@ -1886,7 +1967,7 @@ def heading(result: dict) -> str:
 
 def remark(name: str, row: dict, result: dict) -> str:
     """What the columns do not say: queries of a black-box attack, distances, a norm and eps of its own."""
-    if name == "worst case":
+    if name == "worst case" or FROM in name:
         return ""
     attack, remarks = function_of(find_attack(name)), []
     if row["norm"] != result["norm"]:
@@ -1916,7 +1997,7 @@ def print_report(result: dict) -> None:
 def print_comparison(results: list[dict]) -> None:
     """Models by attacks, the worst case first."""
     width = max(len(result["model"]) for result in results)
-    columns = ["worst case", *(attack for attack in results[0]["attacks"] if attack != "worst case")]
+    columns = ["worst case", *(name for name in results[0]["attacks"] if name != "worst case" and FROM not in name)]
     print(f"\n{heading(results[0])}")
     print(" " * width + "".join(f" {attack:>23}" for attack in columns))
     for result in results:
@@ -1946,6 +2027,54 @@ def write_verdicts(out: Path, index: Tensor, y: Tensor, outcome: dict) -> None:
     arrays = {"index": index, "label": y, "clean_prediction": outcome["prediction"], **verdicts}
     arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
     common.write_atomically(out / "verdicts.npz", lambda file: np.savez_compressed(file, **arrays))
+
+
+def transfer_matrices(results: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """{attack: {source: the row of each target}}, from the rows of the attacks that were crafted on a source."""
+    matrices: dict[str, dict[str, list[dict]]] = {}
+    for result in results:
+        for name, row in result["attacks"].items():
+            if FROM in name:
+                attack, source = name.split(FROM, 1)
+                matrices.setdefault(attack, {}).setdefault(source, []).append(row)
+    return matrices
+
+
+def print_transfer(results: list[dict]) -> None:
+    """For each attack the accuracy of every target (column) on what was crafted on every source (row)."""
+    targets = [result["model"] for result in results]
+    for attack, rows in transfer_matrices(results).items():
+        width = max(len(source) for source in rows)
+        print(f"\n{attack} from the source (row) on the target (column); {heading(results[0])}")
+        print(" " * width + "".join(f" {target:>23}" for target in targets))
+        for source, cells in rows.items():
+            cells = [f"{cell['accuracy']:.2f} ({interval(cell)})" for cell in cells]
+            print(f"{source:<{width}}" + "".join(f" {cell:>23}" for cell in cells))
+
+
+def plot_transfer(results: list[dict], path: Path) -> None:
+    """The matrices of print_transfer as heatmaps side by side; framed where source and target have one name."""
+    plt = pyplot()
+    matrices, targets = transfer_matrices(results), [result["model"] for result in results]
+    sources = list(next(iter(matrices.values())))
+    size = (1.6 + len(matrices) * (0.5 + 0.75 * len(targets)), 1.9 + 0.45 * len(sources))
+    figure, panels = plt.subplots(1, len(matrices), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for panel, (attack, rows) in zip(panels[0], matrices.items(), strict=True):
+        cells = np.array([[cell["accuracy"] for cell in row] for row in rows.values()])
+        image = panel.imshow(cells, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        for (i, j), value in np.ndenumerate(cells):
+            color = "black" if value > 60 else "white"
+            white_box = dict(boxstyle="square", edgecolor=color, facecolor="none")
+            frame = white_box if sources[i] == targets[j] else None
+            panel.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color, bbox=frame)
+        panel.set(xticks=range(len(targets)), yticks=range(len(sources)), yticklabels=sources)
+        panel.set_xticks(range(len(targets)), targets, rotation=40, ha="right")
+        panel.set_xlabel(f"{attack}: target")
+        panel.tick_params(length=0)
+    panels[0, 0].set_ylabel("source")
+    figure.colorbar(image, ax=list(panels[0]), label=f"accuracy (%), n = {results[0]['attacks']['clean']['n']}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def plot_results(results: list[dict], path: Path) -> None:
@@ -1991,7 +2120,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag(
         "--model", action="append", default=[], metavar="FILE.py:FUNCTION", help="a function that returns an nn.Module"
     )
-    flag("--attacks", default="quick", help=f"names, or {', '.join(PRESETS)}, separated by commas (default: quick)")
+    text = f"names, or {', '.join(PRESETS)}, paper, separated by commas; pgd-40@0.01: a step size (default: quick)"
+    flag("--attacks", default="quick", help=text)
+    text = "models to craft FGSM, MIM-20 and PGD-20 on as well; those attacked need not be among them"
+    flag("--source", nargs="+", default=[], metavar="CHECKPOINT", help=text)
     flag("--dataset", metavar="NAME_OR_NPZ", help="(default: what the checkpoint was trained on)")
     flag("--data-dir", help="(default: as in training)")
     on_off = argparse.BooleanOptionalAction
@@ -2037,12 +2169,13 @@ def output_folder(args: argparse.Namespace, count: int) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    attacks = named_attacks(args.attacks)
-    found = load_models(args)
+    found, sources = targets_and_sources(args)
     # Verdicts are in float32: no TF32 on CUDA, neither by default nor where a user's model switched it on.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    data = load_test_set(args, found)
+    data = load_test_set(args, found + sources)
+    methods = tuple(meta.get("method", "") for _, _, meta in found)
+    attacks = named_attacks(args.attacks, methods, data.known) | transfer_attacks(sources)
     settings = {
         "dataset": data.name,
         "known": data.known,
@@ -2074,7 +2207,8 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for (name, model, meta), folder in zip(found, folders, strict=True):
         print(f"{name}: {len(attacks)} attacks on {len(y)} images", file=sys.stderr)
-        journal = Journal(folder / "unfinished.pt", identity(model, x, y, settings))
+        nets = [model, *(source for _, source, _ in sources)]
+        journal = Journal(folder / "unfinished.pt", identity(nets, x, y, settings))
         outcome = evaluate(model, attacks, x, y, settings, journal)
         results.append(report(name, meta, outcome, settings))
         write_verdicts(folder, index, y, outcome)
@@ -2095,6 +2229,9 @@ def main(argv: list[str] | None = None) -> None:
     if len(results) > 1:
         write_results(out, results)
         print_comparison(results)
+    if sources:
+        print_transfer(results)
+        plot_transfer(results, out / "transfer.png")
     print(f"\nwritten to {out}")
 
 

@@ -3,8 +3,13 @@
 import csv
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,7 +305,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(small_model, tmp_path):
     hook = small_model.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
     attacks = eval_all.named_attacks("pgd-3,square")
     attacks["square"] = partial(eval_all.square, queries=30)
-    identity = eval_all.identity(small_model, x, y, SETTINGS)
+    identity = eval_all.identity([small_model], x, y, SETTINGS)
 
     def dies(*_, **__):
         raise KeyboardInterrupt
@@ -313,7 +318,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(small_model, tmp_path):
     rest = eval_all.evaluate(small_model, attacks, x, y, SETTINGS, eval_all.Journal(path, identity))
     resumed = sum(asked)
     asked.clear()
-    other = eval_all.Journal(path, eval_all.identity(small_model, x, y, SETTINGS | {"eps": 0.2}))
+    other = eval_all.Journal(path, eval_all.identity([small_model], x, y, SETTINGS | {"eps": 0.2}))
     eval_all.evaluate(small_model, attacks, x, y, SETTINGS, other)
     assert resumed < sum(asked) and not other.pieces.keys() - rest["attacks"].keys() == set()
     for name in attacks:
@@ -353,8 +358,118 @@ def test_what_was_found_is_kept_where_the_audit_cannot_go_on(cli, run_folder, mo
 
 def test_the_identity_of_an_evaluation_is_its_weights_images_and_settings(small_model):
     x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
-    first = eval_all.identity(small_model, x, y, SETTINGS | {"command": "one"})
-    assert first == eval_all.identity(small_model, x, y, SETTINGS | {"command": "another"})
-    assert first != eval_all.identity(small_model, x, y, SETTINGS | {"eps": 0.2})
-    assert first != eval_all.identity(small_model, x.flip(0), y, SETTINGS)
-    assert first != eval_all.identity(small_model.bfloat16(), x, y, SETTINGS)
+    first = eval_all.identity([small_model], x, y, SETTINGS | {"command": "one"})
+    assert first == eval_all.identity([small_model], x, y, SETTINGS | {"command": "another"})
+    assert first != eval_all.identity([small_model], x, y, SETTINGS | {"eps": 0.2})
+    assert first != eval_all.identity([small_model], x.flip(0), y, SETTINGS)
+    assert first != eval_all.identity([small_model.bfloat16()], x, y, SETTINGS)
+
+
+def test_a_transferred_attack_is_crafted_on_the_source_to_its_last_step(linear_model):
+    weight = torch.zeros(2, 2, 16)  # the source looks at the first pixel, the target at the second
+    weight[0, 1, 0] = weight[1, 1, 1] = 1.0
+    source, target = (linear_model(w) for w in weight)
+    source.scale = 3.0
+    x, y = torch.full((4, 1, 4, 4), 0.5), torch.ones(4, dtype=torch.long)
+    for name, attack in eval_all.transfer_attacks([("other", source, {})]).items():
+        options = eval_all.budget(name, attack, SETTINGS)
+        x_adv = attack(target, x, y, **options)
+        moved = (x_adv - x).abs() > 1e-6
+        assert torch.allclose(x_adv[:, 0, 0, 0], torch.tensor(0.4)), name  # all of eps, though it fools at once
+        assert name.startswith("pgd-20") or moved.sum() == 4, name  # a random start moves the other pixels too
+        assert name.endswith(" from other") and ("step_size" in options) != name.startswith("fgsm")
+
+
+def test_every_source_against_every_target_gives_a_table_and_a_heatmap(cli, run_folder, tmp_path):
+    runs = [run_folder("first"), run_folder("second", head="linear")]
+    flags = ["--attacks", "fgsm", "--eps", "0.05", "--out", tmp_path / "out"]
+    code, out, err = cli("eval_all", *runs, "--source", *runs, *flags)
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "eval.json").read_text())
+    names = {f"{attack} from {source}" for attack in ("fgsm", "mim-20", "pgd-20") for source in ("first", "second")}
+    assert all(set(result["attacks"]) == names | {"clean", "fgsm", "worst case"} for result in results)
+    assert np.load(tmp_path / "out" / "first" / "verdicts.npz")["pgd-20 from second"].dtype == bool
+    matrices = eval_all.transfer_matrices(results)
+    assert list(matrices) == ["fgsm", "mim-20", "pgd-20"] and list(matrices["fgsm"]) == ["first", "second"]
+    own = results[1]["attacks"]["fgsm"]["right"]  # scale 1: the transferred FGSM of a model on itself is its FGSM
+    assert [row["right"] for row in matrices["fgsm"]["second"]][1] == own
+    assert (tmp_path / "out" / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    assert "pgd-20 from the source (row) on the target (column)" in out
+
+
+def test_the_sources_weights_are_part_of_an_evaluations_identity(small_model, linear_model):
+    x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    digests = {
+        eval_all.identity([small_model, linear_model(torch.full((2, 64), w))], x, y, SETTINGS) for w in (0.0, 1.0)
+    }
+    assert len(digests) == 2
+
+
+def test_a_name_may_set_its_step_size():
+    attack = eval_all.find_attack("pgd-40@0.01")
+    assert eval_all.budget("pgd-40@0.01", attack, SETTINGS | {"step_size": None})["step_size"] == 0.01
+    assert eval_all.budget("pgd-40@0.01", attack, SETTINGS | {"step_size": 0.3})["step_size"] == 0.01
+    assert eval_all.find_attack("mta-7@2/255").keywords == {"steps": 7, "step_size": 2 / 255}
+    for wrong, complaint in (("pgd-40@x", "not a number"), ("pgd-40@2", "out of range"), ("square@1", "no step size")):
+        with pytest.raises(common.UserError, match=complaint):
+            eval_all.find_attack(wrong)
+
+
+@pytest.mark.parametrize("method, known, some", [
+    ("pgd_he", "mnist", {"fgsm", "mim-20", "pgd-500", "deepfool-100", "feature", "fab-t", "rays", "spsa-80", "zoo"}),
+    ("angular_at", "cifar10", {"pgd-20", "pgd-500", "cw-inf", "autoattack", "spsa-80"}),
+    ("dsphere_cosine_wm_pgd", "mnist", {"fgsm", "pgd-100"}),
+    ("cnn", "mnist", {"fgsm", "pgd-100"}),
+    ("weightpen", "mnist", {"pgd-40@0.01", "pgd-200@0.01", "mta-200@0.01", "cw-l2"}),
+    ("mmc_at", "cifar10", {"pgd-20@0.0031", "pgd-100@0.0031", "mta-100@0.0031"}),
+    ("abcl", "cifar10", {"bim-20", "fgsm-l2"}),
+    ("", None, {"autoattack"}),
+])  # fmt: skip
+def test_paper_is_what_the_methods_own_paper_reports(method, known, some):
+    attacks = eval_all.named_attacks("paper", (method,), known)
+    assert some <= set(attacks) and next(iter(attacks)) == "clean"
+    for name, attack in attacks.items():
+        eval_all.budget(name, attack, SETTINGS | {"known": known})
+
+
+def test_fgsm_l2_has_a_ball_of_its_own(pixels):
+    outcome = eval_all.evaluate(Threshold(), eval_all.named_attacks("fgsm-l2"), *pixels, SETTINGS)
+    assert (outcome["attacks"]["fgsm-l2"]["norm"], outcome["attacks"]["fgsm-l2"]["eps"]) == ("l2", 0.5)
+    assert not outcome["attacks"]["fgsm-l2"]["right"].any()  # 0.3 is the farthest boundary
+    result = eval_all.report("toy", {}, outcome, SETTINGS | {"dataset": "toy"})
+    assert result["attacks"]["worst case"]["right"] == result["attacks"]["clean"]["right"]
+
+
+def test_an_evaluation_killed_by_sigkill_gives_the_same_table_and_repeats_nothing_finished(run_folder, tmp_path):
+    run, root = run_folder("run"), Path(eval_all.__file__).parent
+    attacks = "fgsm,pgd-20,spsa-80,square"
+
+    def command(out):
+        flags = ["--attacks", attacks, "--batch-size", "4", "--eps", "0.001", "--out", out]
+        return [sys.executable, root / "eval_all.py", run, *flags]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = partial(subprocess.Popen, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
+    killed = start(command(tmp_path / "killed"))
+    for line in killed.stderr:
+        if "pgd-20" in line:  # finished; spsa-80 has begun
+            time.sleep(0.2)
+            killed.kill()
+            break
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL and (tmp_path / "killed" / "unfinished.pt").exists()
+    again = start(command(tmp_path / "killed"))
+    told = again.communicate()[1]
+    assert again.returncode == 0 and "going on with" in told, told
+    assert start(command(tmp_path / "whole")).wait() == 0
+
+    def table(out):
+        rows = json.loads((tmp_path / out / "eval.json").read_text())["attacks"]
+        return {name: {k: v for k, v in row.items() if k != "seconds"} for name, row in rows.items()}
+
+    assert table("killed") == table("whole")
+    verdicts = [np.load(tmp_path / out / "verdicts.npz") for out in ("killed", "whole")]
+    assert all(np.array_equal(verdicts[0][key], verdicts[1][key]) for key in verdicts[1])
+    assert not (tmp_path / "killed" / "unfinished.pt").exists()
+    right = table("whole")["clean"]["right"]
+    assert int(told.split("going on with ")[1].split()[0]) >= 3 * math.ceil(right / 4)  # clean, fgsm and pgd-20
