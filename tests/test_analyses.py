@@ -1,154 +1,364 @@
-"""Corruptions, geodesic inference and the analyses."""
+"""Corruptions and their published files, geodesic inference and its adaptive attack, the analyses, on small cases."""
 
 import json
+import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import common
-import eval_all
 import models
+from eval_all import (
+    CORRUPTIONS,
+    approximate_corruption,
+    auroc,
+    corrupt,
+    corruption_accuracy,
+    feature_map,
+    geodesic_inference,
+    geodesic_pgd,
+    geodesic_thresholds,
+    gradient_norm_ratio,
+    plot_corruptions,
+    plot_examples,
+    plot_feature_map,
+    plot_gradient_norm_ratio,
+    plot_robustness_curves,
+    predicted_angle,
+    published_corruptions,
+    robustness_curves,
+)
+
+SETTINGS = {"seed": 0, "batch_size": 7, "device": "cpu", "n": None}
+SHAPES = [(1, 8), (1, 28), (3, 32), (3, 40)]
 
 
-@pytest.mark.parametrize("name", eval_all.CORRUPTIONS)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_corruption_grows_with_its_severity_and_is_seeded(name, channels):
-    torch.manual_seed(0)
-    x = torch.nn.functional.interpolate(torch.rand(6, channels, 7, 7), 28, mode="bicubic").clamp(0, 1)
-    distances = []
+def scenes(count, channels, size):
+    """Images with structure at every scale, values within [0.02, 0.95]."""
+    torch.manual_seed(1)
+    sides = (3, 7, size)
+    rough = [torch.rand(count, channels, side, side) for side in sides]
+    return sum(nn.functional.interpolate(part, size, mode="bicubic") for part in rough).div(3).clamp(0.02, 0.95)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+@pytest.mark.parametrize(("channels", "size"), SHAPES)
+def test_each_severity_is_farther_from_the_clean_image(name, channels, size):
+    x, distances = scenes(16, channels, size), []
     for severity in range(1, 6):
-        torch.manual_seed(1)
-        changed = eval_all.corrupt(x, name, severity)
-        torch.manual_seed(1)
-        assert torch.equal(changed, eval_all.corrupt(x, name, severity))
-        assert changed.shape == x.shape and changed.min() >= 0 and changed.max() <= 1
-        distances.append((changed - x).square().mean().item())
-    assert distances[0] > 0 and distances == sorted(distances)
+        torch.manual_seed(0)
+        corrupted = corrupt(x, name, severity)
+        assert corrupted.shape == x.shape and corrupted.dtype == x.dtype
+        assert corrupted.isfinite().all() and corrupted.min() >= 0 and corrupted.max() <= 1
+        torch.manual_seed(0)
+        assert torch.equal(corrupted, corrupt(x, name, severity))
+        distances.append(float((corrupted - x).square().mean()))
+    assert distances[0] > 1e-6 and all(a < b for a, b in pairwise(distances)), distances
 
 
-class Brightness(torch.nn.Module):
-    """Class 1 where the image is bright."""
+def test_blurs_spread_a_point_over_their_shape_and_keep_its_sum():
+    x = torch.zeros(2, 1, 41, 41)
+    x[:, :, 20, 20] = 1
+    across = torch.arange(41.0) - 20
+    radius = torch.hypot(across[:, None], across[None])
+    for name, reach in (("defocus blur", 0.075 * 41), ("motion blur", 0.35 * 41 / 2)):
+        torch.manual_seed(0)
+        spread = corrupt(x, name, 5)
+        assert torch.allclose(spread.sum((1, 2, 3)), torch.ones(2), atol=1e-5)
+        assert (spread[:, :, radius > reach + 1] == 0).all() and (spread[:, :, radius > reach - 1] > 0).any()
+    lines = (spread[:, 0] > 0).sum((1, 2))
+    assert (lines < 4 * (2 * reach + 2)).all() and not torch.equal(spread[0], spread[1])
+
+
+def test_pixelate_is_the_mean_of_disjoint_cells():
+    x = scenes(2, 3, 8)
+    means = nn.functional.avg_pool2d(x, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.allclose(corrupt(x, "pixelate", 3), means, atol=1e-6)
+    assert corrupt(x, "pixelate", 1)[0, 0].unique().numel() == 36  # 6 x 6 cells of 8 x 8 pixels
+
+
+def test_noise_has_the_strength_it_is_named_by():
+    torch.manual_seed(0)
+    x = torch.full((40, 3, 32, 32), 0.5)
+    assert corrupt(x, "gaussian noise", 1).std() == pytest.approx(0.05, rel=0.02)
+    assert corrupt(x, "shot noise", 1).std() == pytest.approx(math.sqrt(0.5 / 80), rel=0.02)
+    impulse = corrupt(x, "impulse noise", 5)
+    assert (impulse == 0).float().mean() == pytest.approx(0.1, rel=0.05)
+    assert (impulse == 1).float().mean() == pytest.approx(0.1, rel=0.05)
+
+
+# ------------------------------------------------------------------------------------------------- published files
+
+
+@pytest.fixture
+def cifar_c(tmp_path):
+    """Six images at five severities: their red says the severity, their green the label."""
+    x = np.zeros((30, 32, 32, 3), np.uint8)
+    labels = np.tile(np.array([3, 1, 4, 1, 5, 9], np.uint8), 5)
+    x[..., 0], x[..., 1] = (1 + np.arange(30) // 6)[:, None, None], labels[:, None, None]
+    np.save(tmp_path / "fog.npy", x)
+    np.save(tmp_path / "gaussian_blur.npy", np.zeros_like(x))
+    np.save(tmp_path / "labels.npy", labels)
+    return tmp_path
+
+
+class ReadsGreen(nn.Module):
+    """Predicts the class in the green channel, rightly up to severity 3, the red channel."""
 
     def forward(self, x):
-        return torch.stack([0.5 - x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.5], 1)
+        code = (x[:, :2, 0, 0] * 255).round().long()
+        return nn.functional.one_hot((code[:, 1] + (code[:, 0] > 3).long()) % 10, 10).float()
 
 
-SETTINGS = dict(n=None, batch_size=3, seed=0, device="cpu")
-
-
-def test_cifar_c_files_are_read_severity_by_severity(tmp_path):
-    x = np.zeros((20, 4, 4, 3), np.uint8)
-    x[[1, 5, 6, 12, 19]] = 255  # bright: one of severity 1, two of 2, none of 3, one of 4, one of 5
-    np.save(tmp_path / "fog.npy", x)
-    np.save(tmp_path / "labels.npy", np.tile([0, 1, 0, 0], 5))
-    sources = eval_all.published_corruptions(tmp_path, (3, 4, 4), 2)
-    images, labels = sources["fog"](2)
-    assert images.shape == (4, 3, 4, 4) and images.float().mean((1, 2, 3)).tolist() == [0, 255, 255, 0]
-    assert labels.tolist() == [0, 1, 0, 0]
-    result = eval_all.corruption_accuracy(Brightness(), sources, SETTINGS)
-    assert result["accuracy"] == {"fog": [100.0, 75.0, 75.0, 50.0, 50.0]} and result["mCA"] == pytest.approx(70.0)
-
-
-@pytest.mark.parametrize("fault, told", [
-    (dict(labels=np.arange(19)), "labels.npy"), (dict(labels=np.full(20, 7)), "7"),
-    (dict(fog=np.zeros((20, 4, 4), np.uint8)), "fog.npy"), (dict(fog=np.zeros((20, 4, 4, 3))), "float64"),
-])  # fmt: skip
-def test_faults_in_cifar_c_files_are_named(tmp_path, fault, told):
-    arrays = {"fog": np.zeros((20, 4, 4, 3), np.uint8), "labels": np.zeros(20, int)} | fault
-    for name, array in arrays.items():
-        np.save(tmp_path / f"{name}.npy", array)
-    with pytest.raises(common.UserError, match=told):
-        eval_all.published_corruptions(tmp_path, (3, 4, 4), 2)["fog"](1)
-
-
-def test_imagenet_c_folders_are_read(tmp_path):
+def test_cifar_c_gives_each_severity_its_images_and_labels(cifar_c):
+    sources = published_corruptions(cifar_c, (3, 32, 32), 10)
+    assert list(sources) == ["fog", "gaussian blur"]
     for severity in range(1, 6):
-        for label, wnid in enumerate(("n01", "n02")):
-            folder = tmp_path / "frost" / str(severity) / wnid
+        x, y = sources["fog"](severity)
+        assert x.shape == (6, 3, 32, 32) and x.dtype == torch.uint8 and (x[:, 0] == severity).all()
+        assert y.tolist() == [3, 1, 4, 1, 5, 9] and torch.equal(x[:, 1, 0, 0].long(), y)
+
+
+def test_mca_is_the_mean_over_corruptions_and_severities_without_the_extra_ones(cifar_c):
+    sources = published_corruptions(cifar_c, (3, 32, 32), 10)
+    result = corruption_accuracy(ReadsGreen(), sources, SETTINGS)
+    assert result["accuracy"] == {"fog": [100, 100, 100, 0, 0], "gaussian blur": [0] * 5}
+    assert (result["n"], result["mCA"]) == (6, pytest.approx(60))
+    assert corruption_accuracy(ReadsGreen(), sources, SETTINGS | {"n": 4})["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "fault"),
+    [
+        ("fog", np.zeros((30, 32, 32, 3), np.float32), "float32"),
+        ("fog", np.zeros((29, 32, 32, 3), np.uint8), "29"),
+        ("fog", np.zeros((30, 28, 28, 3), np.uint8), "28"),
+        ("fog", None, "not a readable .npy"),
+        ("labels", np.zeros(29, np.uint8), "29"),
+        ("labels", np.zeros(30), "float64"),
+        ("labels", np.full(30, 10), "10 classes"),
+    ],
+)
+def test_a_bad_file_of_cifar_c_is_named_with_its_fault(cifar_c, name, array, fault):
+    path = cifar_c / f"{name}.npy"
+    if array is None:
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        np.save(path, array)
+    with pytest.raises(common.UserError, match=fault) as error:
+        published_corruptions(cifar_c, (3, 32, 32), 10)["fog"](1)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.fixture
+def imagenet_c(tmp_path):
+    """fog/SEVERITY/WNID with two images of each of two classes; red is the severity, green the class."""
+    for severity in range(1, 6):
+        for label, wnid in enumerate(("n02", "n10")):
+            folder = tmp_path / "fog" / str(severity) / wnid
             folder.mkdir(parents=True)
             for i in range(2):
-                Image.new("RGB", (8, 8), (250 * (label if severity < 3 else 0),) * 3).save(folder / f"{i}.JPEG")
-    sources = eval_all.published_corruptions(tmp_path, (3, 8, 8), 2)
-    result = eval_all.corruption_accuracy(Brightness(), sources, SETTINGS)
-    assert result["accuracy"] == {"frost": [100.0, 100.0, 50.0, 50.0, 50.0]}
-    with pytest.raises(common.UserError, match="2 classes, but the model has 5"):
-        eval_all.published_corruptions(tmp_path, (3, 8, 8), 5)["frost"](1)
-    with pytest.raises(common.UserError, match="neither"):
-        eval_all.published_corruptions(tmp_path / "frost", (3, 8, 8), 2)
+                Image.new("RGB", (24, 24), (40 * severity, 120 * label, 0)).save(folder / f"{i}.JPEG", quality=95)
+    return tmp_path
+
+
+def test_imagenet_c_has_the_sorted_wnids_as_classes(imagenet_c):
+    sources = published_corruptions(imagenet_c, (3, 24, 24), 2)
+    for severity in (1, 5):
+        x, y = sources["fog"](severity)
+        x = x[torch.tensor([3, 0, 1, 2])].float().mean((2, 3))
+        assert y.tolist() == [0, 0, 1, 1] and torch.allclose(x[:, 0], torch.tensor(40.0 * severity), atol=4)
+        assert ((x[:, 1] > 60).long() == y[[3, 0, 1, 2]]).all()
+
+
+def test_a_bad_folder_of_imagenet_c_is_named_with_its_fault(imagenet_c, tmp_path):
+    fog = imagenet_c / "fog" / "1"
+    with pytest.raises(common.UserError, match=f"{fog}: 2 classes, but the model has 1000"):
+        published_corruptions(imagenet_c, (3, 24, 24), 1000)["fog"](1)
+    with pytest.raises(common.UserError, match=r"0.JPEG: an image \(3, 24, 24\)"):
+        published_corruptions(imagenet_c, (3, 224, 224), 2)["fog"](1)
+    (fog / "n02" / "0.JPEG").write_bytes(b"no image")
+    with pytest.raises(common.UserError, match=f"{fog}/n02/0.JPEG: not a readable image"):
+        published_corruptions(imagenet_c, (3, 24, 24), 2)["fog"](1)
+    with pytest.raises(common.UserError, match=f"{imagenet_c}/nothing: neither"):
+        published_corruptions(imagenet_c / "nothing", (3, 24, 24), 2)
+
+
+# ----------------------------------------------------------------------------------------------- geodesic inference
 
 
 def test_auroc_counts_ties_half():
-    assert eval_all.auroc(np.array([3.0, 2.0]), np.array([1.0, 2.0])) == pytest.approx((1 + 1 + 1 + 0.5) / 4)
-    assert eval_all.auroc(np.array([1.0]), np.array([2.0, 3.0])) == 0.0
+    """Of the nine pairs 2 > 1, 3 > 1, 3 > 2 and, of the tied ones, (1, 1), (2, 2), (3, 3) count: 3 + 1.5 of 9."""
+    assert auroc(np.array([1.0, 2, 3]), np.array([1.0, 2, 3])) == pytest.approx(0.5)
+    assert auroc(np.array([2.0, 2, 5]), np.array([1.0, 2])) == pytest.approx((1 + 0.5 + 1 + 0.5 + 1 + 1) / 6)
+    assert auroc(np.array([3.0, 4]), np.array([1.0, 2, 2])) == 1
+    assert auroc(np.array([0.0]), np.array([1.0, 2])) == 0
+
+
+class Plane(models.Classifier):
+    """z is the first two pixels; class k has the weight e_k, so that angles are those in the plane."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 2, bias=False)
+        self.fc.weight.data = torch.eye(2)
+
+    def features(self, x):
+        return x.flatten(1)[:, :2]
+
+
+def at_angle(*degrees):
+    """Images whose z has these angles to e_0."""
+    angle = torch.tensor(degrees) * math.pi / 180
+    return torch.stack([angle.cos(), angle.sin()], 1).view(-1, 1, 1, 2)
+
+
+def test_an_input_is_rejected_where_its_angle_exceeds_mean_plus_deviation_of_the_class_predicted():
+    model = Plane()
+    thresholds = geodesic_thresholds({"mean": [math.radians(15), 0.1], "std": [math.radians(5), 0.1]}, "cpu")
+    assert thresholds.tolist() == pytest.approx([math.radians(20), 0.2])
+    prediction, angle = predicted_angle(model, at_angle(10.0, 30.0, 60.0))
+    assert prediction.tolist() == [0, 0, 1] and angle.tolist() == pytest.approx(
+        [math.radians(10), math.radians(30), math.radians(30)], abs=1e-5
+    )
+    x, x_adv = at_angle(10.0, 30.0, 60.0, 85.0), at_angle(79.0, 50.0, 60.0, 75.0)
+    y = torch.tensor([0, 0, 0, 1])  # the third is wrong clean; attacked, only the first is accepted
+    result = geodesic_inference(model, x, x_adv, y, thresholds, batch_size=3)
+    share = {key: (row["count"], row["n"]) for key, row in result.items() if isinstance(row, dict)}
+    assert share == {
+        "accuracy": (3, 4),
+        "accepted_accuracy": (2, 2),
+        "accepted_accuracy_attacked": (0, 1),
+        "rejected_clean": (2, 4),
+        "rejected_adversarial": (1, 2),
+        "broken": (1, 4),
+    }
+    assert result["auroc"] == pytest.approx((2 + 4) / 8)  # 11 and 40 degrees against 10, 30, 30 and 5
+
+
+def test_geodesic_inference_with_nothing_fooled_has_no_auroc():
+    x, y = at_angle(10.0, 85.0), torch.tensor([0, 1])
+    result = geodesic_inference(Plane(), x, x, y, torch.zeros(2), 2)
+    assert result["auroc"] is result["rejected_adversarial"] is result["accepted_accuracy"] is None
 
 
 @pytest.fixture
 def sphere():
-    """A random D-SphereNet on 8x8 images, images, its own predictions, and thresholds that reject about a third."""
+    """An untrained D-SphereNet on 8x8 images, random images and their own predictions as labels."""
     torch.manual_seed(0)
-    options = dict(head="sphere", correlation="cosine", mean=[0.4], std=[0.3])
-    model = models.build_model("dsphere_mnist", 4, 1, image_size=8, **options).eval()
-    x = torch.rand(60, 1, 8, 8)
-    prediction, angle = eval_all.predicted_angle(model, x)
-    thresholds = torch.full((4,), float(angle.quantile(0.66)))
-    return model, x, prediction, angle, thresholds
+    model = models.build_model("dsphere_mnist", 10, 1, image_size=8, head="sphere", correlation="cosine").eval()
+    x = torch.rand(24, 1, 8, 8)
+    return model, x, model(x).argmax(1)
 
 
-def test_geodesic_inference_rejects_by_the_angle_to_the_predicted_class(sphere):
-    model, x, prediction, angle, thresholds = sphere
-    y = prediction.clone()
-    y[:10] = (y[:10] + 1) % 4  # ten are misclassified
-    result = eval_all.geodesic_inference(model, x, x, y, thresholds, 16)
-    accepted = angle <= thresholds[0]
-    assert result["accuracy"]["count"] == 50 and result["rejected_clean"]["count"] == int((~accepted).sum())
-    assert result["accepted_accuracy"]["count"] == int(accepted[10:].sum())
-    assert result["accepted_accuracy"]["n"] == int(accepted.sum())
-    assert result["broken"]["count"] == int(accepted[:10].sum()) and result["auroc"] is None
-    statistics = {"mean": [1.0, 1.1], "std": [0.1, 0.2]}
-    assert torch.allclose(eval_all.geodesic_thresholds(statistics, "cpu"), torch.tensor([1.1, 1.3]))
-
-
-def test_the_adaptive_attack_breaks_more_and_what_it_breaks_is_accepted(sphere):
-    model, x, y, _, thresholds = sphere
-    budget = dict(eps=0.1, step_size=0.01, steps=20)
+def test_geodesic_pgd_stays_in_the_ball_and_evades_the_rejection(sphere):
+    model, x, y = sphere
+    eps, budget = 0.1, {"step_size": 0.01, "steps": 40}
+    thresholds = torch.full((10,), float(predicted_angle(model, x)[1].quantile(0.5)))
     torch.manual_seed(0)
-    plain = common.pgd(model, x, y, loss=eval_all.cw_margin, **budget)
-    adaptive = eval_all.geodesic_pgd(model, x, y, thresholds=thresholds, **budget)
-    eval_all.check_ball("geodesic", adaptive, x, 0.1, "linf")
-    broken = [eval_all.geodesic_inference(model, x, a, y, thresholds, 60)["broken"]["count"] for a in (plain, adaptive)]
-    prediction, angle = eval_all.predicted_angle(model, adaptive)
-    assert ((prediction != y) & (angle < thresholds[prediction])).sum() == broken[1] >= broken[0] > 0
+    x_adv = geodesic_pgd(model, x, y, thresholds=thresholds, eps=eps, **budget)
+    assert (x_adv - x).abs().max() <= eps + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+    prediction, angle = predicted_angle(model, x_adv)
+    adaptive = (prediction != y) & (angle <= thresholds[prediction])
+    stopping = geodesic_pgd(model, x, y, thresholds=torch.full((10,), math.pi), eps=eps, **budget)
+    prediction, angle = predicted_angle(model, stopping)
+    blind = (prediction != y) & (angle <= thresholds[prediction])
+    assert adaptive.sum() > blind.sum() and adaptive.sum() >= 6, (adaptive.sum(), blind.sum())
+    assert all(p.requires_grad for p in model.parameters()) and x.grad is None
 
 
-def test_the_gradient_norm_ratio_is_that_of_each_layer():
+def test_geodesic_pgd_finds_what_is_misclassified_and_accepted_in_the_plane():
+    """From 40 degrees the ball of 0.5 reaches class 1 within 20 degrees of its weight, the ball of 0.1 only class 1."""
+    x, y = at_angle(40.0), torch.tensor([0])
+    thresholds = torch.full((2,), math.radians(20))
+    for eps, reached in ((0.1, False), (0.5, True)):
+        x_adv = geodesic_pgd(Plane(), x, y, thresholds=thresholds, eps=eps, step_size=eps / 5, steps=40)
+        prediction, angle = predicted_angle(Plane(), x_adv)
+        assert prediction.tolist() == [1] and bool(angle[0] <= thresholds[1]) == reached
+
+
+# --------------------------------------------------------------------------------------------------------- analyses
+
+
+def test_gradient_norm_ratio_is_that_of_a_direct_computation():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
-    x, x_adv, y = torch.rand(3, 1, 2, 2), torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2])
-    result = eval_all.gradient_norm_ratio(model, x, x_adv, y)
-    ratios = []
-    for clean, adversarial, label in zip(x, x_adv, y, strict=True):
-        norms = []
-        for image in (clean, adversarial):
-            model.zero_grad()
-            torch.nn.functional.cross_entropy(model(image[None]), label[None]).backward()
-            norms.append([model[1].weight.grad.norm().item(), model[3].weight.grad.norm().item()])
-        ratios.append(np.array(norms[1]) / np.array(norms[0]))
-    assert result["layers"] == ["1", "3"] and result["n"] == 3
-    assert result["mean"] == pytest.approx(np.mean(ratios, 0).tolist(), rel=1e-5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, x_adv, y = torch.rand(4, 1, 2, 3), torch.rand(4, 1, 2, 3), torch.tensor([0, 2, 1, 0])
+
+    def norms(image, label):
+        """By hand: the gradient of a linear layer on one image is the outer product of its error and its input."""
+        v = image.flatten()
+        h = torch.tanh(model[1](v))
+        error = model[3](h).softmax(0) - nn.functional.one_hot(label, 3)
+        hidden_error = (model[3].weight.T @ error) * (1 - h**2)
+        return torch.stack([hidden_error.norm() * v.norm(), error.norm() * h.norm()])
+
+    with torch.no_grad():
+        ratios = torch.stack([norms(b, label) / norms(a, label) for a, b, label in zip(x, x_adv, y, strict=True)])
+    result = gradient_norm_ratio(model, x, x_adv, y)
+    assert result["layers"] == ["1", "3"] and (result["n"], result["left_out"]) == (4, 0)
+    assert result["mean"] == pytest.approx(ratios.mean(0).tolist(), rel=1e-4)
+    assert result["median"] == pytest.approx(ratios.median(0).values.tolist(), rel=1e-4)
 
 
-def test_curves_fall_with_eps_and_with_restarts(small_model):
+def test_images_without_a_clean_gradient_have_no_ratio(linear_model):
+    model = linear_model(torch.tensor([[1e4], [0.0]]))
+    x, y = torch.tensor([0.5, 0.0001]).view(2, 1, 1, 1), torch.tensor([0, 0])
+    result = gradient_norm_ratio(model, x, x, y)
+    assert (result["n"], result["left_out"], result["mean"]) == (1, 1, [1.0])
+
+
+def test_curves_of_a_linear_model_are_its_margins(linear_model, tmp_path):
+    """Logits (v, -v) of pixels 0.5 + v: an image is right while v > eps."""
+    model = linear_model(torch.tensor([[1.0], [-1.0]]))
+    x, y = torch.tensor([0.51, 0.62, 0.67, 0.9]).view(4, 1, 1, 1), torch.zeros(4, dtype=torch.long)
+    shifted = nn.Sequential(models.Normalize([0.5], [1.0]), model)
+    settings = {"known": "digits", "eps": 0.1, "norm": "linf", "batch_size": 3, "seed": 0, "amp": False}
+    result = robustness_curves(shifted, x, y, settings)
+    assert result["axes"]["eps"]["at"][:2] == [0, 0.025]
+    for right in result["axes"]["eps"]["right"].values():
+        assert right == [4, 3, 3, 3, 3, 2, 2, 1]
+    plot_robustness_curves(result, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_every_analysis_draws_its_plot(small_model, tmp_path):
     torch.manual_seed(0)
-    x = torch.rand(40, 1, 8, 8)
-    y = small_model(x).argmax(1)
-    settings = dict(known="digits", norm="linf", eps=0.01, batch_size=40, seed=0, amp=False)
-    curves = eval_all.robustness_curves(small_model, x, y, settings, steps=5)["axes"]
-    for right in curves["eps"]["right"].values():
-        assert right[0] == 40 and right == sorted(right, reverse=True) and right[-1] < 40
-    for right in curves["restarts"]["right"].values():
-        assert right == sorted(right, reverse=True)
+    x, y = torch.rand(40, 1, 8, 8), torch.arange(40) % 10
+    x_adv = (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
+    maps = [feature_map(small_model, x, x_adv, y, seed=0) for _ in range(2)]
+    assert maps[0] == maps[1] and len(maps[0]["clean"]) == len(maps[0]["attacked"]) == 40
+    plot_feature_map(maps[0], tmp_path / "map.png")
+    shown = plot_examples(small_model, x, x_adv, y, tmp_path / "examples.png", count=5)
+    assert len(set(shown["row"])) == 5 and shown["label"] == y[shown["row"]].tolist()
+    assert shown["attacked"] == small_model(x_adv[shown["row"]]).argmax(1).tolist()
+    plot_gradient_norm_ratio(gradient_norm_ratio(small_model, x[:3], x_adv[:3], y[:3]), tmp_path / "ratio.png")
+    sources = {"jpeg": lambda severity: approximate_corruption(x, y, "jpeg", severity)}
+    plot_corruptions(corruption_accuracy(small_model, sources, SETTINGS), tmp_path / "corruptions.png")
+    for name in ("map", "examples", "ratio", "corruptions"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size[0] > 500 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_examples_are_first_those_that_are_fooled_wherever_they_stand(tmp_path):
+    """Of images sorted by class, the last ten are fooled."""
+    x, y = at_angle(*[10.0] * 40), torch.zeros(40, dtype=torch.long)
+    x_adv = torch.cat([x[:30], at_angle(*[80.0] * 10)])
+    shown = plot_examples(Plane(), x, x_adv, y, tmp_path / "examples.png", count=14)
+    assert sorted(shown["row"][:10]) == list(range(30, 40)) and shown["attacked"] == [1] * 10 + [0] * 4
+    assert shown["row"][:10] != sorted(shown["row"][:10]) and max(shown["row"][10:]) > 10
+    assert plot_examples(Plane(), x, x_adv, y, tmp_path / "examples.png", count=3)["row"] == shown["row"][:3]
+
+
+def test_features_of_two_dimensions_are_shown_as_they_are():
+    x, y = at_angle(10.0, 80.0), torch.tensor([0, 1])
+    result = feature_map(Plane(), x, x.flip(0), y, seed=0)
+    assert result["method"] == "z" and result["right_attacked"] == [False, False]
+    assert np.allclose(result["clean"], x.flatten(1), atol=1e-3) and result["attacked"] == result["clean"][::-1]
 
 
 def test_the_command_line_writes_the_figures_and_refuses_what_it_cannot_do(cli, refused, tmp_path):
@@ -160,7 +370,7 @@ def test_the_command_line_writes_the_figures_and_refuses_what_it_cannot_do(cli, 
     assert "our approximation" in out and "geodesic inference under geodesic-pgd-40" in out
     folder = tmp_path / "run" / "eval"
     result = json.loads((folder / "eval.json").read_text())
-    assert set(result["corruptions"]["accuracy"]) == set(eval_all.CORRUPTIONS)
+    assert set(result["corruptions"]["accuracy"]) == set(CORRUPTIONS)
     for name in ("corruptions", "gradients", "features", "examples"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "choose from curves" in refused("eval_all", tmp_path / "run", "--analyze", "everything")
