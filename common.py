@@ -21,6 +21,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -49,6 +50,9 @@ def cli(main: Callable[[], None]) -> None:
         sys.exit(_complain(f"{error.filename or 'input/output'}: {error.strerror or error}", 2))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted (a training script goes on after its last whole epoch with --resume)", 130))
+    finally:
+        if many_ranks():
+            dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
@@ -66,6 +70,68 @@ def keep_freed_memory() -> None:
 def _complain(message: object, code: int) -> int:
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     return code
+
+
+# ----------------------------------------------------------------------------------------------------------- ranks
+# Under torchrun every process, a rank, trains on its part of each batch. All draw the same random numbers for the
+# whole batch, each takes its own of them, and gradients are averaged: so the number of ranks changes nothing but the
+# statistics of batch norm, and these too are those of the whole batch with --sync-bn.
+
+
+def many_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank_and_count() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if many_ranks() else (0, 1)
+
+
+def join_ranks(device: str) -> None:
+    """Under torchrun: meet the other ranks. The first one speaks for all."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not many_ranks():
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The other ranks wait until the first one is through, and has left on the disk what all of them need."""
+    rank, _ = rank_and_count()
+    if rank:
+        dist.barrier()
+    yield
+    if many_ranks() and not rank:
+        dist.barrier()
+
+
+def my_rows(whole: Tensor) -> Tensor:
+    """This rank's part of what belongs to a whole batch."""
+    rank, count = rank_and_count()
+    return whole.chunk(count)[rank]
+
+
+def draw(fill: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Random numbers in the shape of x, this rank's images: fill is asked once for the whole batch over all ranks."""
+    return my_rows(fill(x.new_empty(rank_and_count()[1] * len(x), *x.shape[1:])))
+
+
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    if many_ranks():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Put the mean over all ranks in the place of each tensor."""
+    if many_ranks():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -328,7 +394,8 @@ def load_data(dataset: str, data_dir: str = "data", limit: int | None = None) ->
     elif dataset == "digits":
         arrays, source = digits_arrays(), "scikit-learn"
     elif dataset in TORCHVISION:
-        arrays, source = torchvision_arrays(dataset, Path(data_dir)), f"torchvision, {data_dir}"
+        with first_rank_first():
+            arrays, source = torchvision_arrays(dataset, Path(data_dir)), f"torchvision, {data_dir}"
     elif dataset in STREAMED:
         read, folder = {
             "imagenet": (imagenet_files, "imagenet"),
@@ -378,10 +445,10 @@ def to_float(x: Tensor) -> Tensor:
 def crop_and_flip(padded: Tensor, rows: Tensor, size: int) -> Tensor:
     """A random crop of `size` pixels and a random horizontal flip of images `rows` (B,) of `padded`, in one gather."""
     device, slack = padded.device, padded.shape[2] - size
-    top, left = torch.randint(0, slack + 1, (2, len(rows), 1), device=device)
-    ys = top + torch.arange(size, device=device)
-    xs = left + torch.arange(size, device=device)
-    xs = torch.where(torch.rand(len(rows), 1, device=device) < 0.5, xs.flip(1), xs)
+    top, left, flip = draw(Tensor.uniform_, torch.empty(len(rows), 3, device=device)).T[:, :, None]
+    ys = (top * (slack + 1)).long() + torch.arange(size, device=device)
+    xs = (left * (slack + 1)).long() + torch.arange(size, device=device)
+    xs = torch.where(flip < 0.5, xs.flip(1), xs)
     channels = torch.arange(padded.shape[1], device=device)
     return padded[rows[:, None, None, None], channels[:, None, None], ys[:, None, :, None], xs[:, None, None, :]]
 
@@ -439,7 +506,9 @@ def device_flag(text: str) -> str:
 
 
 def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """CUDA where there is one; under torchrun each rank of a machine has its own."""
+    rank = os.environ.get("LOCAL_RANK")
+    return ("cuda" if rank is None else f"cuda:{rank}") if torch.cuda.is_available() else "cpu"
 
 
 def computes_bf16(device: str) -> bool:
@@ -490,7 +559,7 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     flag("--data-dir", default="data", help="where datasets are looked for and downloaded to (default: data)")
     add("--arch", models.ARCHS)
     add("--epochs", "passes over the training images", type=number(int, 1))
-    add("--batch-size", "images a step", type=number(int, 2))
+    add("--batch-size", "images a step, over all ranks", type=number(int, 2))
     add("--optimizer", "sgd has momentum 0.9", choices=("sgd", "adam"))
     add("--lr", "peak learning rate", type=number(float, 0))
     shapes = "x0.1 at 75 and 90 %% (multistep), at thirds, at 53 and 84 %% (late), x0.9 every 15 %% (gentle)"
@@ -515,6 +584,9 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     native = "on" if computes_bf16(default_device()) else "off"
     flag("--amp", action=on_off, help=f"bfloat16 backbone (default: where the device has it natively; here {native})")
     flag("--compile", action=on_off, help=f"torch.compile the model (default: on CUDA; here {default_device()})")
+    text = "take each batch in N parts, for want of memory; their gradients are added up (default: 1)"
+    flag("--accumulate", type=number(int, 1), default=1, metavar="N", help=text)
+    flag("--sync-bn", action="store_true", help="batch norm over all ranks of torchrun, not over each rank's images")
     return parser
 
 
@@ -534,11 +606,15 @@ def add_head_flags(
 
 
 def finish_args(args: argparse.Namespace, method: str) -> argparse.Namespace:
-    """Fill the defaults that depend on other flags, and name the run after its method."""
+    """Fill the defaults that depend on other flags, name the run after its method, and meet the other ranks."""
+    parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % parts:
+        raise UserError(f"--batch-size {args.batch_size} is no multiple of {parts}, the ranks times --accumulate")
     args.method = method
     args.out = args.out or f"runs/{method}-{Path(args.dataset).name.removesuffix('.npz')}-s{args.seed}"
     args.amp = computes_bf16(args.device) if args.amp is None else args.amp
     args.compile = torch.device(args.device).type == "cuda" if args.compile is None else args.compile
+    join_ranks(args.device)
     return args
 
 
@@ -602,9 +678,9 @@ def project(x_adv: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
 def random_start(x: Tensor, eps: float, norm: str) -> Tensor:
     """A uniform point of the eps ball around each image, moved into [0, 1]."""
     if norm == "linf":
-        return torch.empty_like(x).uniform_(-eps, eps).add_(x).clamp(0, 1)
-    radius = eps * torch.rand_like(x[:, :1, :1, :1]) ** (1 / x[0].numel())
-    return (x + radius * steepest(torch.randn_like(x), norm)).clamp(0, 1)
+        return draw(lambda delta: delta.uniform_(-eps, eps), x).add_(x).clamp(0, 1)
+    radius = eps * draw(Tensor.uniform_, x[:, :1, :1, :1]) ** (1 / x[0].numel())
+    return (x + radius * steepest(draw(Tensor.normal_, x), norm)).clamp(0, 1)
 
 
 def pgd(
@@ -770,19 +846,29 @@ class Run:
     says that the loss sees no adversarial images. args.out receives args.json, log.csv, curves.png, last.pt and
     best.pt: the epoch of the best held-out PGD accuracy or, in natural training, of the best clean accuracy. On a CPU a
     resumed run ends bit for bit where an uninterrupted one does.
+
+    Under torchrun each rank sees its part of every batch, `step` averages the gradients over the ranks (once a step, of
+    the dozen passes that an attack takes: to hide it behind the backward pass would gain nothing), and the first rank
+    alone writes.
     """
 
     def __init__(
         self, args: argparse.Namespace, model: models.Classifier, data: Data, replays: int = 1, natural: bool = False
     ):
         self.args, self.data, self.out, self.replays = args, data, Path(args.out), replays
+        self.rank, self.ranks = rank_and_count()
         self.trained_on = "clean" if natural else "robust"  # what the running accuracy is
+        self.part = 0  # of the batch, with --accumulate
+        if replays > 1 and args.accumulate > 1:
+            raise UserError("--accumulate: a replayed batch is trained on whole")
         if args.batch_size > len(data.y_train):
             left = f"{len(data.y_train)} training images of {data.name}"
             raise UserError(f"--batch-size {args.batch_size} is more than the {left} that are left")
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         self.model = model.to(args.device, memory_format=torch.channels_last).train()
         self.model.amp = args.amp
+        if args.sync_bn:
+            models.synchronize_batch_norm(self.model)
         if args.compile:
             self.model.compile()
         self.optimizer = make_optimizer(model, args)
@@ -804,15 +890,19 @@ class Run:
         if last.exists():
             self._resume(last)
         settings = json.dumps(vars(args), indent=2)
-        write_atomically(self.out / "args.json", lambda file: file.write(settings), "w")
+        self._write("args.json", lambda file: file.write(settings), "w")
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         print(
             f"{args.method} on {data.name} ({data.source}); {args.arch}, {millions:.2f} M parameters, on {args.device}"
         )
         print(
             f"{len(data.y_train)} training and {len(data.y_val)} held-out images; Linf eps {args.eps:.4g}; "
-            f"bfloat16 {'on' if args.amp else 'off'}; writing to {self.out}"
+            f"bfloat16 {'on' if args.amp else 'off'}; {f'{self.ranks} ranks; ' * (self.ranks > 1)}writing to {self.out}"
         )
+
+    def _write(self, name: str, write: Callable[[object], None], mode: str = "wb") -> None:
+        if not self.rank:
+            write_atomically(self.out / name, write, mode)
 
     def _resume(self, last: Path) -> None:
         content = read_file(last)
@@ -860,13 +950,13 @@ class Run:
             self.x_val = data.x_val.to(device)
 
     def _training_images(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """For each batch of rows the uint8 images, augmented: gathered on the device, or read from files."""
+        """This rank's uint8 images of each batch of rows, augmented: gathered on the device, or read from files."""
         if isinstance(self.x_train, ImageFiles):
-            draws = [torch.randint(2**62, rows.shape) for rows in batches]
-            yield from self.x_train.read(batches, draws, self.args.workers)
+            draws = [my_rows(torch.randint(2**62, rows.shape)) for rows in batches]
+            yield from self.x_train.read([my_rows(rows) for rows in batches], draws, self.args.workers)
             return
         for rows in batches:
-            rows = rows.to(self.args.device)
+            rows = my_rows(rows).to(self.args.device)
             yield crop_and_flip(self.x_train, rows, self.data.image_size) if self.augment else self.x_train[rows]
 
     def epochs(self) -> Iterator[int]:
@@ -882,17 +972,18 @@ class Run:
         print(f"python eval_all.py {self.out}")
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch of shuffled x (B, C, H, W) in [0, 1] and y (B,) on the device; a last, smaller batch is dropped."""
+        """An epoch of shuffled x (B, C, H, W) in [0, 1] and y (B,) on the device; a last, smaller batch is dropped.
+
+        B is --batch-size, or what this rank and this part of --accumulate have of it.
+        """
         self.totals, self.started = torch.zeros(3, device=self.args.device), time.perf_counter()
-        size = self.args.batch_size
-        order = torch.randperm(len(self.y_train))[: self.steps_an_epoch // self.replays * size].split(size)
-        label = f"epoch {self.epoch}/{self.args.epochs}"
-        with tqdm(
-            total=self.steps_an_epoch * size, desc=label, unit="img", leave=False, disable=None, mininterval=0.3
-        ) as self.bar:
+        images, size = self.steps_an_epoch * self.args.batch_size, self.args.batch_size // self.args.accumulate
+        order = torch.randperm(len(self.y_train))[: images // self.replays].split(size)
+        label, hidden = f"epoch {self.epoch}/{self.args.epochs}", True if self.rank else None
+        with tqdm(total=images, desc=label, unit="img", leave=False, disable=hidden, mininterval=0.3) as self.bar:
             for rows, x in zip(order, self._training_images(order), strict=True):
                 x = to_float(x.to(self.args.device, non_blocking=True))
-                y = self.y_train[rows.to(self.args.device)]
+                y = self.y_train[my_rows(rows).to(self.args.device)]
                 for _ in range(self.replays):
                     yield x, y
                     self._show(size)
@@ -917,18 +1008,23 @@ class Run:
 
     def step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
         """Backward, optimizer, schedule; `logits` on the images trained on give the running accuracy."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        (self.lr,) = self.scheduler.get_last_lr()
-        self.scheduler.step()
+        (loss / self.args.accumulate).backward()
         with torch.no_grad():
             right = (logits.argmax(1) == y).sum()
             self.totals += torch.stack([loss * len(y), right, torch.full_like(right, len(y))])
+        self.part = (self.part + 1) % self.args.accumulate
+        if self.part:
+            return
+        average([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        (self.lr,) = self.scheduler.get_last_lr()
+        self.scheduler.step()
 
     def finish_epoch(self) -> None:
         """Held-out accuracy, a line, log.csv, best.pt and last.pt. A loss that is no number ends the run here."""
-        loss, right, count = self.totals.tolist()
+        average([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])  # of batch norm
+        loss, right, count = _sum_over_ranks(self.totals).tolist()
         seconds = time.perf_counter() - self.started
         if not math.isfinite(loss):
             kept = f"{self.out / 'last.pt'} holds epoch {self.epoch - 1}" if self.history else "nothing was saved yet"
@@ -966,18 +1062,23 @@ class Run:
         def loss(logits: Tensor, y: Tensor) -> Tensor:
             return margin_ce(logits, y, self.model.scale)
 
-        args, right_clean, right_adv = self.args, 0, 0
+        args, right = self.args, torch.zeros(2, device=self.args.device)
         step_size = min(args.step_size, 2.5 * args.eps / args.steps)  # one-step methods train with a longer one
         for rows in torch.arange(len(self.y_val)).split(args.batch_size):
+            noise = torch.empty(len(rows), *self.x_val.shape[1:], device=args.device).uniform_(-args.eps, args.eps)
+            rows, noise = (whole[self.rank :: self.ranks] for whole in (rows, noise))
+            if not len(rows):
+                continue
             x, y = to_float(self.x_val[rows].to(args.device)), self.y_val[rows]
             self.model.amp = False  # in bfloat16 a saturated activation loses its gradient, and the attack its strength
-            x_adv = pgd(self.model, x, y, loss=loss, eps=args.eps, step_size=step_size, steps=args.steps)
+            budget = {"eps": args.eps, "step_size": step_size, "steps": args.steps, "start": x + noise}
+            x_adv = pgd(self.model, x, y, loss=loss, **budget)
             with attack_mode(self.model), torch.no_grad():
                 clean = self.model(x).argmax(1) == y
-                right_clean += clean.sum()
-                right_adv += (clean & (self.model(x_adv).argmax(1) == y)).sum()
+                right += torch.stack([clean, clean & (self.model(x_adv).argmax(1) == y)]).sum(1)
             self.model.amp = args.amp
-        return 100 * float(right_clean) / len(self.y_val), 100 * float(right_adv) / len(self.y_val)
+        clean, robust = _sum_over_ranks(right).tolist()
+        return 100 * clean / len(self.y_val), 100 * robust / len(self.y_val)
 
     def _save(self, is_best: bool) -> None:
         """best.pt before last.pt, then the log: a run killed in between does this epoch anew and writes the same."""
@@ -999,12 +1100,12 @@ class Run:
         if self.device_type == "cuda":
             content["rng"]["cuda"] = torch.cuda.get_rng_state(self.args.device)
         for name in ("best.pt", "last.pt") if is_best else ("last.pt",):
-            write_atomically(self.out / name, lambda file: torch.save(content, file))
+            self._write(name, lambda file: torch.save(content, file))
         self._write_log()
 
     def annotate(self, key: str, measure: Callable[[models.Classifier], object]) -> None:
         """After training: write measure(model), plain data, into last.pt and best.pt, each with its own weights."""
-        for path in (self.out / "best.pt", self.out / "last.pt"):
+        for path in () if self.rank else (self.out / "best.pt", self.out / "last.pt"):
             content = read_file(path)
             self.model.load_state_dict(content["model"])
             self.model.amp = False
@@ -1021,8 +1122,8 @@ class Run:
             writer.writeheader()
             writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in self.history)
 
-        write_atomically(self.out / "log.csv", write, "w")
-        if self.epoch == self.args.epochs or time.monotonic() - self.plotted > 30:
+        self._write("log.csv", write, "w")
+        if not self.rank and (self.epoch == self.args.epochs or time.monotonic() - self.plotted > 30):
             self.plotted = time.monotonic()
             plot_curves(self.history, f"training, {self.trained_on}", self.args.steps, self.out / "curves.png")
 

@@ -42,6 +42,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -49,14 +50,17 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 import common
 import models
@@ -962,26 +966,81 @@ def identity(nets: list[nn.Module], x: Tensor, y: Tensor, settings: dict) -> str
     return digest.hexdigest()
 
 
+class Ranks:
+    """The processes of torchrun, which share the batches of an attack: whoever is free takes the next one.
+
+    Every rank asks for the same pieces of work in the same order, so a count tells them apart in torchrun's store.
+    """
+
+    def __init__(self, store: dist.Store | None = None, rank: int = 0):
+        self.store, self.rank, self.asked = store, rank, 0
+
+    def give(self, key: str, piece: object) -> None:
+        buffer = io.BytesIO()
+        torch.save(piece, buffer)
+        self.store.set(key, buffer.getvalue())
+
+    def take(self, key: str) -> object:
+        return torch.load(io.BytesIO(self.store.get(key)), map_location="cpu", weights_only=True)
+
+    def from_first(self, piece: object) -> object:
+        """What the first rank calls this with."""
+        self.asked += 1
+        if self.store and not self.rank:
+            self.give(f"{self.asked}", piece)
+        return self.take(f"{self.asked}") if self.rank else piece
+
+    def share(self, tasks: dict[str, Callable[[], dict]]) -> Iterator[tuple[str, dict]]:
+        """(key, piece) of each task: those that this rank makes, as it makes them, then those of the others."""
+        self.asked += 1
+        others = []
+        for key, make in tasks.items():
+            place = f"{self.asked}/{key}"
+            if self.store and self.store.add(f"{place}/takers", 1) > 1:
+                others.append(key)
+                continue
+            piece = make()
+            if self.store:
+                self.give(place, piece)
+            yield key, piece
+        for key in others:
+            yield key, self.take(f"{self.asked}/{key}")
+
+
+def meet_ranks() -> Ranks:
+    """Under torchrun all of its processes, else this one alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Ranks()
+    store, rank, _ = next(rendezvous("env://"))
+    store.set_timeout(timedelta(days=30))  # for the longest attack
+    return Ranks(store, rank)
+
+
 class Journal:
     """The finished pieces of an evaluation, on disk, so that an interrupted one goes on where it stopped.
 
-    `identity` stands for all that the pieces depend on: those of another evaluation are not taken up.
+    `identity` stands for all that the pieces depend on: those of another evaluation are not taken up. The first of
+    several ranks alone reads and writes.
     """
 
-    def __init__(self, path: Path | None = None, identity: str = ""):
-        self.path, self.identity, self.pieces, self.written = path, identity, {}, time.monotonic()
-        if path and path.exists():
+    def __init__(self, path: Path | None = None, identity: str = "", ranks: Ranks | None = None):
+        self.ranks, self.pieces, self.written = ranks or Ranks(), {}, time.monotonic()
+        self.path, self.identity = None if self.ranks.rank else path, identity
+        if self.path and path.exists():
             content = common.read_file(path)
             if content.get("identity") == identity:
                 self.pieces = content["pieces"]
                 print(f"going on with {len(self.pieces)} finished batches of {path}", file=sys.stderr)
+        self.pieces = self.ranks.from_first(self.pieces)
 
-    def piece(self, key: str, make: Callable[[], dict]) -> dict:
-        if key not in self.pieces:
-            self.pieces[key] = make()
+    def gather(self, tasks: dict[str, Callable[[], dict]]) -> list[dict]:
+        """The pieces of these tasks, in their order: made now where they are not there yet."""
+        missing = {key: make for key, make in tasks.items() if key not in self.pieces}
+        for key, piece in self.ranks.share(missing):
+            self.pieces[key] = piece
             if time.monotonic() - self.written > 2:
                 self.write()
-        return self.pieces[key]
+        return [self.pieces[key] for key in tasks]
 
     def write(self) -> None:
         if self.path:
@@ -1037,9 +1096,10 @@ def budget(name: str, attack: Attack, settings: dict) -> dict:
     return options
 
 
-def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tensor, settings: dict) -> dict:
+def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tensor, settings: dict, seed: int) -> dict:
     """One attack on one batch, judged: `right` and `distance` (B,) to the misclassified image, `passes`, `faults`."""
     within, start = threat(attack, settings), time.perf_counter()
+    torch.manual_seed(seed)
     try:
         with crafting(model, attack, settings["amp"]) as passes:
             x_adv = attack(model, x, y, **budget(name, attack, settings)).detach()
@@ -1052,8 +1112,8 @@ def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tens
         check_ball(name, x_adv, x, **within)
     prediction = predict(model, x_adv)
     return {
-        "right": (prediction == y) | (distance > within["eps"] + TOLERANCE),
-        "distance": torch.where(prediction == y, math.inf, distance),
+        "right": ((prediction == y) | (distance > within["eps"] + TOLERANCE)).cpu(),
+        "distance": torch.where(prediction == y, math.inf, distance).cpu(),
         "passes": passes[0],
         "faults": int((prediction < 0).sum()),
         "seconds": time.perf_counter() - start,
@@ -1073,12 +1133,15 @@ def run_attack(
     outcome |= {"passes": 0, "faults": 0, "seconds": 0.0}
     for restart in range(settings["restarts"] if function_of(attack) in START_AT_RANDOM else 1):
         standing = outcome["right"].nonzero().flatten()
-        for batch, rows in enumerate(standing.split(settings["batch_size"]) if len(standing) else ()):
+        batches = standing.split(settings["batch_size"]) if len(standing) else ()
+        tasks = {}
+        for batch, rows in enumerate(batches):
             key = f"{name}/{restart}/{batch}"
-            torch.manual_seed(zlib.crc32(f"{settings['seed']}/{key}".encode()))  # whatever ran before
-            piece = journal.piece(key, partial(attack_batch, name, attack, model, x[rows], y[rows], settings))
+            seed = zlib.crc32(f"{settings['seed']}/{key}".encode())  # whatever ran before
+            tasks[key] = partial(attack_batch, name, attack, model, x[rows], y[rows], settings, seed)
+        for rows, piece in zip(batches, journal.gather(tasks), strict=True):
             outcome["right"][rows] = piece["right"].to(right.device)
-            outcome["distance"][rows.cpu()] = torch.minimum(outcome["distance"][rows.cpu()], piece["distance"].cpu())
+            outcome["distance"][rows.cpu()] = torch.minimum(outcome["distance"][rows.cpu()], piece["distance"])
             for total in ("passes", "faults", "seconds"):
                 outcome[total] += piece[total]
     journal.write()
@@ -1101,7 +1164,8 @@ def evaluate(
     for name, attack in attacks.items():
         outcomes[name] = run_attack(model, name, attack, x, y, prediction == y, settings, journal)
         accuracy, seconds = 100 * outcomes[name]["right"].float().mean(), outcomes[name]["seconds"]
-        print(f"  {name:<20} {accuracy:6.2f} %  {seconds:8.1f} s", file=sys.stderr)
+        if not journal.ranks.rank:
+            print(f"  {name:<20} {accuracy:6.2f} %  {seconds:8.1f} s", file=sys.stderr)
     outcomes["clean"]["faults"] += int((prediction < 0).sum())
     return {"prediction": prediction, "attacks": outcomes}
 
@@ -1137,7 +1201,7 @@ def input_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return grad
 
 
-def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict) -> list[dict]:
+def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict, ranks: Ranks | None = None) -> list[dict]:
     """The checks, on the first images (N, C, H, W): what each compares, its figures in words, and whether it passes.
 
     The attacks are on s * logits, the logits that the model was trained with, and in the norm of the evaluation.
@@ -1148,7 +1212,8 @@ def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict) -> list[dict]:
     eps, checks = settings["eps"], []
 
     def run(attack: Attack, eps: float = eps) -> Tensor:
-        return run_attack(model, "audit", attack, x, y, clean_right, settings | {"eps": eps}, Journal())["right"]
+        journal = Journal(ranks=ranks)
+        return run_attack(model, "audit", attack, x, y, clean_right, settings | {"eps": eps}, journal)["right"]
 
     def percent(right: Tensor) -> str:
         return f"{100 * right.float().mean():.1f} %"
@@ -1172,11 +1237,12 @@ def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict) -> list[dict]:
     check("gradients reach the images", f"{100 * lost:.1f} % of the images have none, 1 % allowed", lost <= 0.01)
 
     pgd_20, pgd_100 = run(partial(pgd_scaled, steps=20)), run(partial(pgd_scaled, steps=100))
-    white = pgd_20 & pgd_100 & run(partial(cw_inf, steps=20))
+    targeted = run(apgd_targeted)
+    white = pgd_100 & run(partial(cw_inf, steps=20)) & targeted
     not_weaker("more steps are not weaker", ("PGD-100", pgd_100), ("PGD-20", pgd_20))
     not_weaker("FGSM is not weaker than noise", ("FGSM", run(fgsm)), ("noise", run(noise)))
     black = run(partial(square, queries=1000))
-    not_weaker("gradients are not weaker than queries", ("PGD and CW", white), ("Square, 1,000 queries,", black))
+    not_weaker("gradients are not weaker than queries", ("PGD, CW, APGD-T", white), ("Square, 1,000 queries,", black))
     factors = {f"{factor:g}": run(partial(rescaled_pgd, factor=factor, steps=20)) for factor in (1e-4, 0.01, 100, 1e4)}
     best = min(factors, key=lambda factor: int(factors[factor].sum()))
     not_weaker("no scale of the logits is a better one", ("PGD-20", pgd_20), (f"times {best}", factors[best]))
@@ -1190,7 +1256,6 @@ def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict) -> list[dict]:
     check(
         "nothing stands without a bound", f"PGD-100 {percent(unbounded)}, 5 % allowed", unbounded.float().mean() <= 0.05
     )
-    targeted = run(apgd_targeted)
     excess = 100 * float(pgd_100.float().mean() - targeted.float().mean())
     figures = f"PGD-100 {percent(pgd_100)}, APGD-T {percent(targeted)}, 6 points allowed"
     check("AutoAttack's APGD-T is near PGD", figures, excess <= 6)
@@ -2167,20 +2232,14 @@ def output_folder(args: argparse.Namespace, count: int) -> Path:
     return common.checkpoint_file(args.checkpoints[0]).parent / "eval"
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    found, sources = targets_and_sources(args)
-    # Verdicts are in float32: no TF32 on CUDA, neither by default nor where a user's model switched it on.
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    data = load_test_set(args, found + sources)
-    methods = tuple(meta.get("method", "") for _, _, meta in found)
-    attacks = named_attacks(args.attacks, methods, data.known) | transfer_attacks(sources)
-    settings = {
+def evaluation_settings(args: argparse.Namespace, data: common.Data, argv: list[str]) -> dict:
+    """What evaluate() asks for, and what eval.json says of how its figures came about."""
+    papers_eps = THREAT[data.known][0 if args.norm == "linf" else 2]
+    return {
         "dataset": data.name,
         "known": data.known,
         "norm": args.norm,
-        "eps": THREAT[data.known][0 if args.norm == "linf" else 2] if args.eps is None else args.eps,
+        "eps": papers_eps if args.eps is None else args.eps,
         "step_size": args.step_size,
         "restarts": args.restarts,
         "batch_size": args.batch_size,
@@ -2188,15 +2247,63 @@ def main(argv: list[str] | None = None) -> None:
         "amp": args.amp,
         "device": args.device,
         "torch": str(torch.__version__),
-        "command": shlex.join(["python", "eval_all.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(["python", "eval_all.py", *argv]),
     }
-    for name, attack in attacks.items():  # refuse what cannot be, before the work
+
+
+def refuse_what_cannot_be(args: argparse.Namespace, attacks: dict[str, Attack], found: Found, settings: dict) -> None:
+    """Raises UserError before the work rather than after it."""
+    for name, attack in attacks.items():
         budget(name, attack, settings)
     if args.geodesic and args.norm != "linf":
         raise common.UserError("--geodesic: its adaptive attack knows the Linf ball alone")
     for name, _, meta in found:
         if args.geodesic and "geodesic" not in meta:
             raise common.UserError(f"--geodesic: {name} holds no angles; train_dsphere.py writes them")
+
+
+def look_closer(
+    args: argparse.Namespace, model: nn.Module, meta: dict, x: Tensor, y: Tensor, settings: dict, folder: Path
+) -> dict:
+    """What was asked for besides attacks: corruptions, geodesic inference, analyses."""
+    found = {}
+    if args.corruptions is not None:
+        found["corruptions"] = corruptions(args.corruptions, model, x, y, settings | {"n": args.n}, folder)
+    if args.geodesic:
+        found["geodesic"] = geodesic(model, meta, x, y, settings)
+        print_geodesic(found["geodesic"])
+    if args.analyze:
+        found["analyses"] = analyze(args.analyze, model, x, y, settings, folder)
+    return found
+
+
+def conclude(results: list[dict], out: Path) -> None:
+    """The comparison of several models, and the transfer between them."""
+    if len(results) > 1:
+        write_results(out, results)
+        print_comparison(results)
+    if transfer_matrices(results):
+        print_transfer(results)
+        plot_transfer(results, out / "transfer.png")
+    print(f"\nwritten to {out}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args, ranks = parse_args(argv), meet_ranks()
+    first = not ranks.rank
+    if not first:
+        sys.stdout = open(os.devnull, "w")
+        ranks.from_first(None)  # it has read the data, which may have been a download
+    found, sources = targets_and_sources(args)
+    # Verdicts are in float32: no TF32 on CUDA, neither by default nor where a user's model switched it on.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    data = load_test_set(args, found + sources)
+    methods = tuple(meta.get("method", "") for _, _, meta in found)
+    attacks = named_attacks(args.attacks, methods, data.known) | transfer_attacks(sources)
+    settings = evaluation_settings(args, data, argv)
+    refuse_what_cannot_be(args, attacks, found, settings)
     # Files may be ordered class by class, so a subset is drawn at random, the same for every model and every seed.
     order = np.random.default_rng(common.SPLIT_SEED).permutation(len(data.y_test))
     index = torch.from_numpy(np.sort(order[: args.n]))
@@ -2205,34 +2312,28 @@ def main(argv: list[str] | None = None) -> None:
     folders = [out / name.replace(":", "-") if len(found) > 1 else out for name, _, _ in found]
     for folder in folders:  # before the work, so that no result is lost for want of a place
         folder.mkdir(parents=True, exist_ok=True)
+    if first:
+        ranks.from_first(None)
     for (name, model, meta), folder in zip(found, folders, strict=True):
-        print(f"{name}: {len(attacks)} attacks on {len(y)} images", file=sys.stderr)
+        if first:
+            print(f"{name}: {len(attacks)} attacks on {len(y)} images", file=sys.stderr)
         nets = [model, *(source for _, source, _ in sources)]
-        journal = Journal(folder / "unfinished.pt", identity(nets, x, y, settings))
+        journal = Journal(folder / "unfinished.pt", identity(nets, x, y, settings), ranks)
         outcome = evaluate(model, attacks, x, y, settings, journal)
         results.append(report(name, meta, outcome, settings))
-        write_verdicts(folder, index, y, outcome)
-        write_results(folder, results[-1:])  # before what may yet fail
-        journal.close()
+        if first:
+            write_verdicts(folder, index, y, outcome)
+            write_results(folder, results[-1:])  # before what may yet fail
+            journal.close()
         if args.audit:
-            results[-1]["audit"] = audit(model, x, y, settings)
-        if args.corruptions is not None:
-            results[-1]["corruptions"] = corruptions(args.corruptions, model, x, y, settings | {"n": args.n}, folder)
-        if args.geodesic:
-            results[-1]["geodesic"] = geodesic(model, meta, x, y, settings)
-            print_geodesic(results[-1]["geodesic"])
-        if args.analyze:
-            results[-1]["analyses"] = analyze(args.analyze, model, x, y, settings, folder)
-        write_results(folder, results[-1:])
-        print_report(results[-1])
-        print_audit(results[-1].get("audit", []))
-    if len(results) > 1:
-        write_results(out, results)
-        print_comparison(results)
-    if sources:
-        print_transfer(results)
-        plot_transfer(results, out / "transfer.png")
-    print(f"\nwritten to {out}")
+            results[-1]["audit"] = audit(model, x, y, settings, ranks)
+        if first:
+            results[-1] |= look_closer(args, model, meta, x, y, settings, folder)
+            write_results(folder, results[-1:])
+            print_report(results[-1])
+            print_audit(results[-1].get("audit", []))
+    if first:
+        conclude(results, out)
 
 
 if __name__ == "__main__":

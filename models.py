@@ -15,6 +15,7 @@ from collections import OrderedDict
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,6 +43,46 @@ def import_torchvision() -> ModuleType:
             )
         import torchvision
     return torchvision
+
+
+class MeanOverRanks(torch.autograd.Function):
+    """The mean of a tensor over the processes of torch.distributed; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        mean = x.clone()
+        dist.all_reduce(mean)
+        return mean / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return MeanOverRanks.forward(ctx, grad)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the images of all processes in training; torch's own is for CUDA alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        mean = MeanOverRanks.apply(x.float().mean((0, 2, 3)))
+        centered = x.float() - mean[:, None, None]
+        variance = MeanOverRanks.apply(centered.square().mean((0, 2, 3)))
+        count = dist.get_world_size() * x.numel() / len(mean)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def synchronize_batch_norm(model: nn.Module) -> None:
+    """Let all its batch norms take their statistics over all processes, where there are several."""
+    if dist.is_available() and dist.is_initialized():
+        for module in model.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SyncBatchNorm2d
 
 
 def arccos(cos: Tensor) -> Tensor:

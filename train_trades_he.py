@@ -58,7 +58,7 @@ def main(argv=None):
             def attack_loss(logits, y, natural=natural):
                 return kl(natural, logits, args.scale)
 
-            start = x + 0.001 * torch.randn_like(x)
+            start = x + 0.001 * common.draw(torch.Tensor.normal_, x)
             eps, step_size = run.warm(args.eps), run.warm(args.step_size)
             x_adv = common.pgd(
                 model, x, y, loss=attack_loss, eps=eps, step_size=step_size, steps=args.steps, start=start
