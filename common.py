@@ -44,15 +44,13 @@ def cli(main: Callable[[], None]) -> None:
     keep_freed_memory()
     try:
         main()
+        leave_ranks()
     except UserError as error:
         sys.exit(_complain(error, 2))
     except OSError as error:
         sys.exit(_complain(f"{error.filename or 'input/output'}: {error.strerror or error}", 2))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted (a training script goes on after its last whole epoch with --resume)", 130))
-    finally:
-        if many_ranks():
-            dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
@@ -105,6 +103,13 @@ def first_rank_first() -> Iterator[None]:
     yield
     if many_ranks() and not rank:
         dist.barrier()
+
+
+def leave_ranks() -> None:
+    """Wait for the first rank, which writes the results: a rank that exits with its last exchange in hand may abort."""
+    if many_ranks():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def my_rows(whole: Tensor) -> Tensor:
