@@ -367,8 +367,8 @@ def deepfool(
     candidates: int = 10,
 ) -> Tensor:
     """Moosavi-Dezfooli et al. 2016: to the nearest of the linearized boundaries with the likeliest classes, again and
-    again until the class changes; all steps together are stretched by the overshoot. WeightPen, Sec. 4: 50 steps, 0.02; HE:
-    100 steps."""
+    again until the class changes; the overshoot stretches all steps together. WeightPen, Sec. 4: 50 steps, 0.02;
+    HE: 100 steps."""
     x_adv, path, row = x.clone(), torch.zeros_like(x), torch.arange(len(x), device=x.device)
     others = predict_logits(model, x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
     others = others[:, : min(candidates, others.shape[1]) - 1]
