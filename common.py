@@ -8,11 +8,16 @@ run.batches().
 import argparse
 import csv
 import ctypes
+import io
 import json
 import math
 import os
+import shlex
+import signal
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +34,11 @@ from tqdm import tqdm
 
 import models
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two runs in one folder go unnoticed there
+    fcntl = None
+
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
@@ -39,18 +49,36 @@ class UserError(Exception):
     """Something the user can mend: told in one line on stderr, exit code 2."""
 
 
+class Interrupted(Exception):
+    """A signal stopped the run after a whole batch: told in one line on stderr, exit code 128 + signal."""
+
+    def __init__(self, signal_number: int, told: str):
+        super().__init__(told)
+        self.code = 128 + signal_number
+
+
 def cli(main: Callable[[], None]) -> None:
-    """Run a script's main(); a UserError or a fault of the file system becomes one line and exit code 2, Ctrl-C 130."""
+    """Run a script's main(); faults that a user can mend become one line and exit code 2, Ctrl-C 130, SIGTERM 143."""
     keep_freed_memory()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main()
         leave_ranks()
     except UserError as error:
-        sys.exit(_complain(error, 2))
+        sys.exit(_complain(f"error: {error}", 2))
     except OSError as error:
-        sys.exit(_complain(f"{error.filename or 'input/output'}: {error.strerror or error}", 2))
+        sys.exit(_complain(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 2))
+    except torch.OutOfMemoryError as error:
+        remedy = "a smaller --batch-size or, in training, the same one in parts with --accumulate 2"
+        sys.exit(_complain(f"error: the GPU's memory is too small ({str(error)[:80]}...): try {remedy}", 2))
+    except Interrupted as stop:
+        sys.exit(_complain(stop, stop.code))
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted (a training script goes on after its last whole epoch with --resume)", 130))
+        sys.exit(_complain("interrupted (the same command goes on, a training script's with --resume)", 130))
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def keep_freed_memory() -> None:
@@ -66,7 +94,7 @@ def keep_freed_memory() -> None:
 
 
 def _complain(message: object, code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     return code
 
 
@@ -185,7 +213,12 @@ class ImageFiles:
         workers = min(os.cpu_count() or 1, len(keys)) if workers is None else workers
         pin = torch.cuda.is_available()
         loader = DataLoader(
-            _Views(self), batch_sampler=keys, num_workers=workers, collate_fn=_stack_or_fault, pin_memory=pin
+            _Views(self),
+            batch_sampler=keys,
+            num_workers=workers,
+            collate_fn=_stack_or_fault,
+            pin_memory=pin,
+            generator=torch.Generator(),  # of its own: the run's generator goes on after a resume as if without it
         )
         for images in loader:
             if isinstance(images, str):
@@ -204,13 +237,14 @@ class _Views(Dataset):
         path = os.fsdecode(self.images.files[row])
         try:
             image = _torchvision().datasets.folder.pil_loader(path)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(max(draw, 0))
+                image = (self.images.test_view if draw < 0 else self.images.train_view)(image)
         except Exception as error:  # Pillow raises nearly anything on a damaged file
             return f"{path}: not a readable image ({error})"
-        if draw < 0:
-            return self.images.test_view(image)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(draw)
-            return self.images.train_view(image)
+        if tuple(image.shape) != self.images.shape[1:]:
+            return f"{path}: an image {tuple(image.shape)}, where {self.images.shape[1:]} is needed"
+        return image
 
 
 def _stack_or_fault(images: list[Tensor | str]) -> Tensor | str:
@@ -740,13 +774,39 @@ FORMAT = "angular-defenses-1"
 
 
 def write_atomically(path: Path, write: Callable[[object], None], mode: str = "wb") -> None:
-    """Write to a temporary name, flush to the disk, rename: a reader sees the old file or the new one, never a part."""
+    """Write to a temporary name, flush to the disk, rename: a reader sees the old file or the new one, never a part.
+
+    Raises UserError where the disk is full, say; what was there before is as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, mode, newline="" if mode == "w" else None) as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, mode, newline="" if mode == "w" else None) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kept = "the file that was there before is as it was" if path.exists() else "nothing was there before"
+        raise UserError(f"{path} could not be written ({error.strerror or error}); {kept}") from error
+
+
+def lock(folder: Path) -> int:
+    """Hold the folder, until the descriptor is closed or the process ends. Raises UserError where another one does."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise UserError(f"another process is writing into {folder}: wait for it, or choose another --out") from None
+    return held
+
+
+def save(content: dict, path: Path) -> None:
+    """torch.save, atomically; it is made up in memory first, as torch.save tells no full disk from other faults."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -797,12 +857,25 @@ def load_checkpoint(path: str | Path, device: str = "cpu", **foreign: object) ->
             raise UserError(f"{path}: a bare state dict; say what it is with --arch, --head and --dataset")
         options, meta = foreign, {"format": "state dict", "model_options": foreign}
     try:
+        check_sizes(options, state)
+        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+            models.build_model(**options).load_state_dict(state, assign=True)
         model = models.build_model(**options)
         model.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         arch = options.get("arch") if isinstance(options, dict) else None
         raise UserError(f"{path}: its weights do not fit arch {arch}: {_first_mismatch(error)}") from None
     return model.to(device, memory_format=torch.channels_last).eval(), meta
+
+
+def check_sizes(options: dict, state: dict[str, Tensor]) -> None:
+    """Raises ValueError where build_model would take time or memory for sizes that the file's tensors do not have."""
+    widest = max(max(tensor.shape, default=1) for tensor in state.values())
+    limits = {"num_classes": widest, "feature_dim": widest, "in_channels": widest, "image_size": 4096}
+    for key, limit in limits.items():
+        size = options.get(key)
+        if size is not None and not (isinstance(size, int) and 1 <= size <= limit):
+            raise ValueError(f"{key} {size!r}: must be a whole number from 1 to {limit} with such weights")
 
 
 def _first_mismatch(error: Exception) -> str:
@@ -852,6 +925,9 @@ class Run:
     best.pt: the epoch of the best held-out PGD accuracy or, in natural training, of the best clean accuracy. On a CPU a
     resumed run ends bit for bit where an uninterrupted one does.
 
+    SIGTERM and Ctrl-C let the batch finish and write last.pt in mid-epoch, with `carry`: what a script hands on from
+    batch to batch within an epoch. SIGKILL, and any signal to one of several ranks, costs the epoch.
+
     Under torchrun each rank sees its part of every batch, `step` averages the gradients over the ranks (once a step, of
     the dozen passes that an attack takes: to hide it behind the backward pass would gain nothing), and the first rank
     alone writes.
@@ -864,6 +940,7 @@ class Run:
         self.rank, self.ranks = rank_and_count()
         self.trained_on = "clean" if natural else "robust"  # what the running accuracy is
         self.part = 0  # of the batch, with --accumulate
+        self.carry, self.begun, self.signal = {}, None, None  # begun: the epoch in which the run was stopped
         if replays > 1 and args.accumulate > 1:
             raise UserError("--accumulate: a replayed batch is trained on whole")
         if args.batch_size > len(data.y_train):
@@ -881,10 +958,19 @@ class Run:
         self.epoch, self.history, self.lr, self.plotted = 0, [], args.lr, -math.inf
         self._open()
         total, schedule = self.steps_an_epoch * args.epochs, SCHEDULES[args.schedule]
+        done = self.epoch * self.steps_an_epoch + (self.begun["steps"] // args.accumulate if self.begun else 0)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: schedule(step / total), last_epoch=self.epoch * self.steps_an_epoch - 1
+            self.optimizer, lambda step: schedule(step / total), last_epoch=done - 1
         )
         self._to_device()
+        if self.ranks == 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._note)
+            signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        """A signal lets the batch finish; a second one ends the process at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
 
     def _open(self) -> None:
         """Make the run's directory, or take up the run that is in it, and say what is about to happen."""
@@ -892,10 +978,12 @@ class Run:
         if last.exists() and not args.resume:
             raise UserError(f"{self.out} already holds a run: go on with --resume, or choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
+        if fcntl and not self.rank:
+            weakref.finalize(self, os.close, lock(self.out))
         if last.exists():
             self._resume(last)
         settings = json.dumps(vars(args), indent=2)
-        self._write("args.json", lambda file: file.write(settings), "w")
+        self._write("args.json", lambda file: file.write(settings))
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         print(
             f"{args.method} on {data.name} ({data.source}); {args.arch}, {millions:.2f} M parameters, on {args.device}"
@@ -905,9 +993,10 @@ class Run:
             f"bfloat16 {'on' if args.amp else 'off'}; {f'{self.ranks} ranks; ' * (self.ranks > 1)}writing to {self.out}"
         )
 
-    def _write(self, name: str, write: Callable[[object], None], mode: str = "wb") -> None:
+    def _write(self, name: str, write: Callable[[object], None]) -> None:
+        """A text file, by the first rank."""
         if not self.rank:
-            write_atomically(self.out / name, write, mode)
+            write_atomically(self.out / name, write, "w")
 
     def _resume(self, last: Path) -> None:
         content = read_file(last)
@@ -925,14 +1014,16 @@ class Run:
                 print(f"bfloat16 was {'on' if content['args']['amp'] else 'off'}: the bits will differ from then on")
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
-            self.epoch, self.history = content["epoch"], content["history"]
+            self.epoch, self.history, self.begun = content["epoch"], content["history"], content.get("begun")
             torch.set_rng_state(content["rng"]["cpu"])
             if self.device_type == "cuda" and "cuda" in content["rng"]:
                 torch.cuda.set_rng_state(content["rng"]["cuda"], self.args.device)
-            self._write_log()
+            if self.history:
+                self._write_log()
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"{last}: incomplete, nothing was resumed ({_first_mismatch(error)})") from None
-        print(f"resumed after epoch {self.epoch} of {self.args.epochs}")
+        within = f" and {self.begun['batches']} batches" if self.begun else ""
+        print(f"resumed after epoch {self.epoch}{within} of {self.args.epochs}")
 
     def _dataset(self) -> dict:
         """What a checkpoint says of its data; mean and std of the images are among the model's options."""
@@ -954,13 +1045,27 @@ class Run:
             self.x_train = (F.pad(data.x_train, [4] * 4) if self.augment else data.x_train).to(device)
             self.x_val = data.x_val.to(device)
 
-    def _training_images(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """This rank's uint8 images of each batch of rows, augmented: gathered on the device, or read from files."""
+    def _order(self, size: int, begun: dict | None) -> tuple[Sequence[Tensor], Sequence[Tensor] | None, Tensor]:
+        """The epoch's batches of rows, a random number for each row of images in files, and the generator's state
+        before them: in an epoch that was stopped they are drawn from it once more, and the generator goes on after."""
+        now = torch.get_rng_state()
+        before = begun["before"] if begun else now
+        torch.set_rng_state(before)
+        images = self.steps_an_epoch // self.replays * self.args.batch_size
+        order, draws = torch.randperm(len(self.y_train))[:images].split(size), None
         if isinstance(self.x_train, ImageFiles):
-            draws = [my_rows(torch.randint(2**62, rows.shape)) for rows in batches]
-            yield from self.x_train.read([my_rows(rows) for rows in batches], draws, self.args.workers)
+            draws = [torch.randint(2**62, rows.shape) for rows in order]
+        if begun:
+            torch.set_rng_state(now)
+        return order, draws, before
+
+    def _training_images(self, order: Sequence[Tensor], draws: Sequence[Tensor] | None) -> Iterator[Tensor]:
+        """This rank's uint8 images of each batch of rows, augmented: gathered on the device, or read from files."""
+        if draws is not None:
+            mine = [my_rows(rows) for rows in order], [my_rows(draw) for draw in draws]
+            yield from self.x_train.read(*mine, self.args.workers)
             return
-        for rows in batches:
+        for rows in order:
             rows = my_rows(rows).to(self.args.device)
             yield crop_and_flip(self.x_train, rows, self.data.image_size) if self.augment else self.x_train[rows]
 
@@ -979,27 +1084,72 @@ class Run:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch of shuffled x (B, C, H, W) in [0, 1] and y (B,) on the device; a last, smaller batch is dropped.
 
-        B is --batch-size, or what this rank and this part of --accumulate have of it.
+        B is --batch-size, or what this rank and this part of --accumulate have of it. Raises Interrupted.
         """
-        self.totals, self.started = torch.zeros(3, device=self.args.device), time.perf_counter()
-        images, size = self.steps_an_epoch * self.args.batch_size, self.args.batch_size // self.args.accumulate
-        order = torch.randperm(len(self.y_train))[: images // self.replays].split(size)
+        size, begun, self.begun = self.args.batch_size // self.args.accumulate, self.begun, None
+        order, draws, before = self._order(size, begun)
+        done = self._start_figures(begun)
         label, hidden = f"epoch {self.epoch}/{self.args.epochs}", True if self.rank else None
-        with tqdm(total=images, desc=label, unit="img", leave=False, disable=hidden, mininterval=0.3) as self.bar:
-            for rows, x in zip(order, self._training_images(order), strict=True):
+        total = len(order) * size * self.replays
+        with tqdm(total=total, desc=label, unit="img", leave=False, disable=hidden, mininterval=0.3) as self.bar:
+            self.bar.update(done * size * self.replays)
+            self._stop_if_told(done, before)
+            images = self._training_images(order[done:], draws and draws[done:])
+            for rows, x in zip(order[done:], images, strict=True):
                 x = to_float(x.to(self.args.device, non_blocking=True))
                 y = self.y_train[my_rows(rows).to(self.args.device)]
                 for _ in range(self.replays):
                     yield x, y
                     self._show(size)
+                done += 1
+                self._stop_if_told(done, before)
+
+    def _start_figures(self, begun: dict | None) -> int:
+        """The epoch's running figures, from 0 or from where it was stopped; returns the batches that are done.
+
+        totals: loss, right predictions, images, and the steps before the first whose loss or gradient is not finite.
+        """
+        device = self.args.device
+        begun = begun or {"batches": 0, "steps": 0, "seconds": 0.0, "lr": self.lr, "carry": {}}
+        self.totals = begun.get("totals", torch.zeros(4)).to(device)
+        self.predicted = begun.get("predicted", torch.tensor([math.inf, -math.inf])).to(device)  # lowest, highest class
+        self.carry = {key: value.to(device) for key, value in begun["carry"].items()}
+        self.steps, self.lr, self.looked = begun["steps"], begun["lr"], time.monotonic()
+        self.started = time.perf_counter() - begun["seconds"]
+        return begun["batches"]
+
+    def _stop_if_told(self, done: int, before: Tensor) -> None:
+        """After a signal, between two batches: write last.pt so that --resume goes on with the next one."""
+        if not self.signal or self.part:
+            return
+        self._figures()
+        begun = {"batches": done, "before": before, "totals": self.totals, "predicted": self.predicted}
+        begun |= {"carry": self.carry, "steps": self.steps, "lr": self.lr}
+        begun["seconds"] = time.perf_counter() - self.started
+        save(self._content() | {"epoch": self.epoch - 1, "begun": begun}, self.out / "last.pt")
+        name, command = signal.Signals(self.signal).name, shlex.join(["python", *sys.argv])
+        resume = "" if "--resume" in sys.argv else " --resume"
+        told = f"stopped by {name} in epoch {self.epoch} after {done} batches; go on with: {command}{resume}"
+        raise Interrupted(self.signal, told)
 
     def _show(self, images: int) -> None:
-        """Advance the progress bar; its figures are fetched from the device only when it is drawn anew."""
-        if self.bar.update(images):
-            loss, right, count = self.totals.tolist()
-            self.bar.set_postfix_str(
-                f"loss {loss / count:.3f}, {self.trained_on} {100 * right / count:.1f} %", refresh=False
-            )
+        """Advance the progress bar; its figures are fetched from the device a few times a second, no more."""
+        self.bar.update(images)
+        if time.monotonic() - self.looked > 0.3:
+            self.looked = time.monotonic()
+            loss, right, count = self._figures()
+            figures = f"loss {loss / count:.3f}, {self.trained_on} {100 * right / count:.1f} %"
+            self.bar.set_postfix_str(figures, refresh=False)
+
+    def _figures(self) -> list[float]:
+        """Loss, right and count so far, summed. Raises UserError where a loss or a gradient was no number."""
+        *figures, finite = self.totals.tolist()
+        if finite < self.steps:
+            kept = f"{self.out / 'last.pt'} holds epoch {self.epoch - 1}" if self.history else "nothing was saved yet"
+            batch = 1 + int(finite) // (self.replays * self.args.accumulate)
+            where = f"epoch {self.epoch}, batch {batch}"
+            raise UserError(f"the loss or its gradient is not finite in {where}: {kept}; try a smaller --lr")
+        return figures
 
     def warm(self, radius: float) -> float:
         """eps or step size in this step: it rises linearly to `radius` over the first --eps-warmup epochs."""
@@ -1014,26 +1164,40 @@ class Run:
     def step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
         """Backward, optimizer, schedule; `logits` on the images trained on give the running accuracy."""
         (loss / self.args.accumulate).backward()
-        with torch.no_grad():
-            right = (logits.argmax(1) == y).sum()
-            self.totals += torch.stack([loss * len(y), right, torch.full_like(right, len(y))])
         self.part = (self.part + 1) % self.args.accumulate
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not self.part:
+            average(grads)
+        self._count(loss.detach(), logits.detach().argmax(1), y, grads)
         if self.part:
             return
-        average([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         (self.lr,) = self.scheduler.get_last_lr()
         self.scheduler.step()
 
+    def _count(self, loss: Tensor, prediction: Tensor, y: Tensor, grads: list[Tensor]) -> None:
+        """Add a step to the running figures, which stay on the device: nothing waits for them."""
+        finite = (loss + torch.nn.utils.get_total_norm(grads)).isfinite() & (self.totals[3] == self.steps)
+        right, count = (prediction == y).sum(), torch.full_like(loss, len(y))
+        self.totals += torch.stack([loss * len(y), right.to(loss.dtype), count, finite.to(loss.dtype)])
+        low, high = self.predicted
+        self.predicted = torch.stack([torch.minimum(low, prediction.min()), torch.maximum(high, prediction.max())])
+        self.steps += 1
+
+    def _warn_of_a_dead_loss(self) -> None:
+        low, high = self.predicted.tolist()
+        if low == high:
+            told = f"warning: every prediction of epoch {self.epoch} was class {low:.0f}: nothing is being learned"
+            print(f"{told}; try a smaller --lr, or a longer --eps-warmup", file=sys.stderr)
+
     def finish_epoch(self) -> None:
-        """Held-out accuracy, a line, log.csv, best.pt and last.pt. A loss that is no number ends the run here."""
+        """Held-out accuracy, a line, log.csv, best.pt and last.pt. Raises UserError where a loss was no number."""
+        self._figures()
+        self._warn_of_a_dead_loss()
         average([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])  # of batch norm
-        loss, right, count = _sum_over_ranks(self.totals).tolist()
+        loss, right, count, _ = _sum_over_ranks(self.totals).tolist()
         seconds = time.perf_counter() - self.started
-        if not math.isfinite(loss):
-            kept = f"{self.out / 'last.pt'} holds epoch {self.epoch - 1}" if self.history else "nothing was saved yet"
-            raise UserError(f"the loss is {loss} in epoch {self.epoch}: {kept}; try a smaller --lr")
         clean, robust = self._held_out()
         row = {
             "epoch": self.epoch,
@@ -1085,8 +1249,8 @@ class Run:
         clean, robust = _sum_over_ranks(right).tolist()
         return 100 * clean / len(self.y_val), 100 * robust / len(self.y_val)
 
-    def _save(self, is_best: bool) -> None:
-        """best.pt before last.pt, then the log: a run killed in between does this epoch anew and writes the same."""
+    def _content(self) -> dict:
+        """What a checkpoint holds."""
         content = {
             "format": FORMAT,
             "model": self.model.state_dict(),
@@ -1095,7 +1259,7 @@ class Run:
             "method": self.args.method,
             "args": vars(self.args),
             "epoch": self.epoch,
-            "metrics": self.history[-1],
+            "metrics": self.history[-1] if self.history else {},
             "history": self.history,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -1104,8 +1268,14 @@ class Run:
         }
         if self.device_type == "cuda":
             content["rng"]["cuda"] = torch.cuda.get_rng_state(self.args.device)
-        for name in ("best.pt", "last.pt") if is_best else ("last.pt",):
-            self._write(name, lambda file: torch.save(content, file))
+        return content
+
+    def _save(self, is_best: bool) -> None:
+        """best.pt before last.pt, then the log: a run killed in between does this epoch anew and writes the same."""
+        if not self.rank:
+            content = self._content()
+            for name in ("best.pt", "last.pt") if is_best else ("last.pt",):
+                save(content, self.out / name)
         self._write_log()
 
     def annotate(self, key: str, measure: Callable[[models.Classifier], object]) -> None:
@@ -1117,7 +1287,7 @@ class Run:
             with attack_mode(self.model), torch.no_grad():
                 content[key] = measure(self.model)
             self.model.amp = self.args.amp
-            write_atomically(path, lambda file, content=content: torch.save(content, file))
+            save(content, path)
 
     def _write_log(self) -> None:
         """log.csv whole, from the checkpoint's history; curves.png at most twice a minute, and at the end."""
@@ -1127,7 +1297,7 @@ class Run:
             writer.writeheader()
             writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in self.history)
 
-        self._write("log.csv", write, "w")
+        self._write("log.csv", write)
         if not self.rank and (self.epoch == self.args.epochs or time.monotonic() - self.plotted > 30):
             self.plotted = time.monotonic()
             plot_curves(self.history, f"training, {self.trained_on}", self.args.steps, self.out / "curves.png")

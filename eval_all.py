@@ -11,7 +11,7 @@ What is in this file, in its order; eps is in pixel units, -N a number of steps,
 norms, Linf and (--norm l2) L2:
 
     in the ball              clean, noise*; NAME@0.01 sets a step size
-      fgsm*, bim-N*, mim-N*  one step, many steps, many steps with momentum, from the image itself
+      fgsm*, bim-N*, mim-N*  one step, many steps, many steps with momentum, from the image itself; fgsm-l2: in L2
       pgd-N*                 random start, CE on the logits as the model gives them, as in the papers' own code
       pgd-N-scaled*          the same on scale * logits, the logits that an HE model was trained with
       adaptive-pgd-N*        the same on the training cross-entropy, with its scale and margin
@@ -1047,7 +1047,7 @@ class Journal:
     def write(self) -> None:
         if self.path:
             content = {"identity": self.identity, "pieces": self.pieces}
-            common.write_atomically(self.path, lambda file: torch.save(content, file))
+            common.save(content, self.path)
             self.written = time.monotonic()
 
     def close(self) -> None:
@@ -1952,18 +1952,15 @@ def targets_and_sources(args: argparse.Namespace) -> tuple[Found, Found]:
     return found, sources
 
 
-def load_test_set(args: argparse.Namespace, found: Found) -> common.Data:
-    """The one dataset that all models are tested on, and the check that each of them fits it."""
+def find_test_set(args: argparse.Namespace, found: Found) -> tuple[str, str]:
+    """The one dataset that all models are tested on, and the folder to look for it in."""
     trained_on = {meta["args"]["dataset"]: meta["args"]["data_dir"] for _, _, meta in found if "args" in meta}
     if not args.dataset and len(trained_on) != 1:
         names = ", ".join(trained_on) or "none of the models says which"
         raise common.UserError(f"which dataset? ({names}): give --dataset")
     dataset = args.dataset or next(iter(trained_on))
     folder = trained_on.get(dataset) or next(iter(trained_on.values()), "data")
-    data = common.load_data(dataset, args.data_dir or folder)
-    for name, model, _ in found:
-        check_fit(name, model, data, args.device)
-    return data
+    return dataset, args.data_dir or folder
 
 
 def check_fit(name: str, model: nn.Module, data: common.Data, device: str) -> None:
@@ -2301,9 +2298,12 @@ def main(argv: list[str] | None = None) -> None:
     # Verdicts are in float32: no TF32 on CUDA, neither by default nor where a user's model switched it on.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    data = load_test_set(args, found + sources)
+    dataset, folder = find_test_set(args, found + sources)
     methods = tuple(meta.get("method", "") for _, _, meta in found)
-    attacks = named_attacks(args.attacks, methods, data.known) | transfer_attacks(sources)
+    attacks = named_attacks(args.attacks, methods, common.known_dataset(dataset)) | transfer_attacks(sources)
+    data = common.load_data(dataset, folder)
+    for name, model, _ in found + sources:
+        check_fit(name, model, data, args.device)
     settings = evaluation_settings(args, data, argv)
     refuse_what_cannot_be(args, attacks, found, settings)
     # Files may be ordered class by class, so a subset is drawn at random, the same for every model and every seed.

@@ -58,13 +58,13 @@ def main(argv=None):
     run = common.Run(args, model, data, replays=args.replays)
 
     for _ in run.epochs():
-        delta = torch.zeros((), device=args.device)
         for x, y in run.batches():
+            delta = run.carry.get("delta", torch.zeros_like(x))  # from the batch before: the epoch begins with 0
             eps, step_size = run.warm(args.eps), run.warm(args.step_size)
             x_adv = (x + delta).clamp(0, 1).requires_grad_()
             logits = model(x_adv)
             run.step(common.margin_ce(logits, y, args.scale, args.margin), logits, y)
-            delta = (delta + step_size * x_adv.grad.sign()).clamp(-eps, eps)
+            run.carry["delta"] = (delta + step_size * x_adv.grad.sign()).clamp(-eps, eps)
         run.finish_epoch()
 
 
