@@ -955,7 +955,7 @@ class Run:
             self.model.compile()
         self.optimizer = make_optimizer(model, args)
         self.steps_an_epoch = replays * (len(data.y_train) // args.batch_size)
-        self.epoch, self.history, self.lr, self.plotted = 0, [], args.lr, -math.inf
+        self.epoch, self.history, self.lr, self.plotted = 0, [], args.lr, time.monotonic()
         self._open()
         total, schedule = self.steps_an_epoch * args.epochs, SCHEDULES[args.schedule]
         done = self.epoch * self.steps_an_epoch + (self.begun["steps"] // args.accumulate if self.begun else 0)
@@ -1328,5 +1328,5 @@ def plot_curves(history: list[dict], training: str, steps: int, path: Path) -> N
         right.plot(epochs, [row[key] for row in history], label=label, marker=".")
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101))
     right.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     plt.close(figure)

@@ -527,6 +527,8 @@ def build_model(
         raise ValueError(
             f"correlation {correlation!r} on {manifold!r}: {', '.join(CORRELATIONS)}, on sphere or simplex"
         )
+    if any(values is not None and len(values) != in_channels for values in (mean, std)):
+        raise ValueError(f"mean and std need a value for each of {in_channels} channels")
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
     if (correlation == "inner") == (head in ("sphere", "sphere_wm")):
