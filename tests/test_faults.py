@@ -31,7 +31,7 @@ SCRIPTS = sorted({script.removesuffix(".py") for script, *_ in VARIANTS.values()
 def spawn():
     """spawn(function, *arguments) -> a new process, forked from a fresh one that has torch and the scripts loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SCRIPTS)
+    context.set_forkserver_preload([*SCRIPTS, __name__])
 
     def start(function, *arguments):
         process = context.Process(target=function, args=arguments)
@@ -40,7 +40,8 @@ def spawn():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", str(Path(common.__file__).parent))  # where it finds the scripts
+        here = Path(__file__).parent
+        patch.setenv("PYTHONPATH", f"{here.parent}{os.pathsep}{here}")  # where it finds the scripts and this file
         yield start
 
 
