@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -825,10 +826,12 @@ def checkpoint_file(path: str | Path) -> Path:
 def read_file(path: Path) -> dict:
     """What torch.load finds in a file, as data only: no code in it runs. Raises UserError for anything but a dict."""
     try:
+        if zipfile.is_zipfile(path) and (flipped := zipfile.ZipFile(path).testzip()):  # torch.load checks no checksum
+            raise ValueError(f"checksum of {flipped}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-        raise UserError(f"{path}: truncated, or no checkpoint at all ({reason})") from None
+        raise UserError(f"{path}: truncated, damaged, or no checkpoint at all ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -857,7 +860,8 @@ def load_checkpoint(path: str | Path, device: str = "cpu", **foreign: object) ->
             raise UserError(f"{path}: a bare state dict; say what it is with --arch, --head and --dataset")
         options, meta = foreign, {"format": "state dict", "model_options": foreign}
     try:
-        check_sizes(options, state)
+        json.dumps([options, *(meta.get(key) for key in ("method", "epoch", "args"))])  # plain, as reports repeat them
+        check_sizes(options, state, path.stat().st_size)
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
             models.build_model(**options).load_state_dict(state, assign=True)
         model = models.build_model(**options)
@@ -868,8 +872,10 @@ def load_checkpoint(path: str | Path, device: str = "cpu", **foreign: object) ->
     return model.to(device, memory_format=torch.channels_last).eval(), meta
 
 
-def check_sizes(options: dict, state: dict[str, Tensor]) -> None:
+def check_sizes(options: dict, state: dict[str, Tensor], file_size: int) -> None:
     """Raises ValueError where build_model would take time or memory for sizes that the file's tensors do not have."""
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > file_size:
+        raise ValueError("its tensors claim more bytes than the file has")
     widest = max(max(tensor.shape, default=1) for tensor in state.values())
     limits = {"num_classes": widest, "feature_dim": widest, "in_channels": widest, "image_size": 4096}
     for key, limit in limits.items():
@@ -1122,7 +1128,7 @@ class Run:
         """After a signal, between two batches: write last.pt so that --resume goes on with the next one."""
         if not self.signal or self.part:
             return
-        self._figures()
+        self._figures(weights=True)
         begun = {"batches": done, "before": before, "totals": self.totals, "predicted": self.predicted}
         begun |= {"carry": self.carry, "steps": self.steps, "lr": self.lr}
         begun["seconds"] = time.perf_counter() - self.started
@@ -1141,9 +1147,11 @@ class Run:
             figures = f"loss {loss / count:.3f}, {self.trained_on} {100 * right / count:.1f} %"
             self.bar.set_postfix_str(figures, refresh=False)
 
-    def _figures(self) -> list[float]:
-        """Loss, right and count so far, summed. Raises UserError where a loss or a gradient was no number."""
+    def _figures(self, weights: bool = False) -> list[float]:
+        """Loss, right and count so far, summed. Raises UserError where a loss, a gradient or a weight is no number."""
         *figures, finite = self.totals.tolist()
+        if weights and not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
+            finite = min(finite, self.steps - 1)  # the last step, whose own loss was finite
         if finite < self.steps:
             kept = f"{self.out / 'last.pt'} holds epoch {self.epoch - 1}" if self.history else "nothing was saved yet"
             batch = 1 + int(finite) // (self.replays * self.args.accumulate)
@@ -1193,7 +1201,7 @@ class Run:
 
     def finish_epoch(self) -> None:
         """Held-out accuracy, a line, log.csv, best.pt and last.pt. Raises UserError where a loss was no number."""
-        self._figures()
+        self._figures(weights=True)
         self._warn_of_a_dead_loss()
         average([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])  # of batch norm
         loss, right, count, _ = _sum_over_ranks(self.totals).tolist()
