@@ -1171,6 +1171,8 @@ class Run:
 
     def step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
         """Backward, optimizer, schedule; `logits` on the images trained on give the running accuracy."""
+        if not self.part:
+            self.optimizer.zero_grad(set_to_none=True)
         (loss / self.args.accumulate).backward()
         self.part = (self.part + 1) % self.args.accumulate
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -1180,7 +1182,6 @@ class Run:
         if self.part:
             return
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         (self.lr,) = self.scheduler.get_last_lr()
         self.scheduler.step()
 

@@ -372,16 +372,17 @@ def deepfool(
     x_adv, path, row = x.clone(), torch.zeros_like(x), torch.arange(len(x), device=x.device)
     others = predict_logits(model, x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
     others = others[:, : min(candidates, others.shape[1]) - 1]
-    for _ in range(steps + 1):
+    for _ in range(steps):
         now = x_adv[row].requires_grad_()
         logits = model(now)
         rises = logits.gather(1, others[row]) - logits.gather(1, y[row, None])
         standing = ~common.fooled(model, now, logits, y[row])
+        beyond = 2e-4 * logits.detach().abs().amax(1)  # what counts as fooled and not as rounding, twice over
         planes = []
         for rise in rises.T:
             (w,) = torch.autograd.grad(rise.sum(), now, retain_graph=True)
             dual = w.abs().sum((1, 2, 3)) if norm == "linf" else common.lengths(w, "l2").flatten()
-            planes.append((rise.detach().abs() + 1e-6, dual.clamp(min=1e-12), w))
+            planes.append((rise.detach().abs() + beyond, dual.clamp(min=1e-12), w))
         gap, dual, w = (torch.stack(parts) for parts in zip(*planes, strict=True))
         nearest, every = (gap / dual).argmin(0), torch.arange(len(row), device=x.device)
         length = (gap / dual)[nearest, every][:, None, None, None]
