@@ -2251,6 +2251,12 @@ def evaluation_settings(args: argparse.Namespace, data: common.Data, argv: list[
     }
 
 
+def exact_float32() -> None:
+    """No TF32 on CUDA in a verdict, neither by default nor where a user's model switched it on."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def refuse_what_cannot_be(args: argparse.Namespace, attacks: dict[str, Attack], found: Found, settings: dict) -> None:
     """Raises UserError before the work rather than after it."""
     for name, attack in attacks.items():
@@ -2296,9 +2302,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout = open(os.devnull, "w")
         ranks.from_first(None)  # it has read the data, which may have been a download
     found, sources = targets_and_sources(args)
-    # Verdicts are in float32: no TF32 on CUDA, neither by default nor where a user's model switched it on.
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    exact_float32()
     dataset, folder = find_test_set(args, found + sources)
     methods = tuple(meta.get("method", "") for _, _, meta in found)
     attacks = named_attacks(args.attacks, methods, common.known_dataset(dataset)) | transfer_attacks(sources)

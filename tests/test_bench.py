@@ -2,7 +2,7 @@
 
 import json
 import math
-import sys
+import os
 
 import numpy as np
 import pytest
@@ -79,8 +79,5 @@ def test_transforms_give_a_crop_of_the_image():
     )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
-def test_memory_is_given_back_only_inside(monkeypatch):
-    with bench.returned_memory():
-        assert common.keep_freed_memory() is None
-    assert common.keep_freed_memory.__name__ == "keep_freed_memory"
+def test_the_reference_runs_where_the_c_library_is_as_it_comes():
+    assert bench.apart(os.getpid) != os.getpid()
