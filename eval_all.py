@@ -377,12 +377,14 @@ def deepfool(
         logits = model(now)
         rises = logits.gather(1, others[row]) - logits.gather(1, y[row, None])
         standing = ~common.fooled(model, now, logits, y[row])
-        beyond = 2e-4 * logits.detach().abs().amax(1)  # what counts as fooled and not as rounding, twice over
+        beyond = 2e-4 * logits.detach().abs().amax(1)  # what counts as fooled and not as rounding, twice over,
         planes = []
         for rise in rises.T:
             (w,) = torch.autograd.grad(rise.sum(), now, retain_graph=True)
             dual = w.abs().sum((1, 2, 3)) if norm == "linf" else common.lengths(w, "l2").flatten()
-            planes.append((rise.detach().abs() + beyond, dual.clamp(min=1e-12), w))
+            gap = rise.detach().abs()
+            gap = gap + (beyond - overshoot * gap).clamp(min=0)  # where the overshoot does not reach that far
+            planes.append((gap, dual.clamp(min=1e-12), w))
         gap, dual, w = (torch.stack(parts) for parts in zip(*planes, strict=True))
         nearest, every = (gap / dual).argmin(0), torch.arange(len(row), device=x.device)
         length = (gap / dual)[nearest, every][:, None, None, None]

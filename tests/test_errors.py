@@ -129,11 +129,11 @@ def broken(kind, good):
 
 
 FAULTS = {
-    "truncated": "truncated, or no checkpoint",
-    "empty": "truncated, or no checkpoint",
-    "text": "truncated, or no checkpoint",
-    "png": "truncated, or no checkpoint",
-    "pickle": "truncated, or no checkpoint",
+    "truncated": "truncated, damaged, or no checkpoint",
+    "empty": "truncated, damaged, or no checkpoint",
+    "text": "truncated, damaged, or no checkpoint",
+    "png": "truncated, damaged, or no checkpoint",
+    "pickle": "truncated, damaged, or no checkpoint",
     "list": "holds a list",
     "foreign": "neither a checkpoint of this project nor a plain state dict",
     "wrong arch": "do not fit arch wrn-16-1",
