@@ -140,7 +140,9 @@ def reference_training(args: argparse.Namespace, x: np.ndarray, y: np.ndarray) -
     model = reference_model(args.arch, x.shape[1], args.device)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     rows = np.arange((STEPS + 1) * args.batch_size) % len(x)
-    loader = DataLoader(Transformed(x[rows], y[rows]), args.batch_size, shuffle=True, num_workers=2, multiprocessing_context="fork")
+    loader = DataLoader(
+        Transformed(x[rows], y[rows]), args.batch_size, shuffle=True, num_workers=2, multiprocessing_context="fork"
+    )
     with mock.patch.object(torch, "channels_last", torch.contiguous_format):
         start = 0.0
         for step, (images, labels) in enumerate(loader):
