@@ -23,7 +23,6 @@ import importlib
 import io
 import json
 import multiprocessing
-import os
 import resource
 import statistics
 import tempfile
@@ -58,7 +57,7 @@ SCRIPTS = {  # what a PGD-10 step is compared over: script and flags
     "ABCL, adversarial": ("train_abcl", ["--adversarial"]),
     "FastAT+HE": ("train_fast_he", ["--head", "he"]),
     "FreeAT+HE": ("train_free_he", ["--head", "he", "--replays", "2"]),
-    "WeightPen": ("train_weightpen", []),
+    "WeightPen": ("train_weightpen", ["--activation", "relu"]),  # which every network has
 }
 BASE = "PGD-AT+HE"
 ATTACKS = ("fgsm", "pgd-20", "mim-20", "cw-inf", "apgd-ce-20", "mta-2", "fab-t-2", "deepfool-5", "square", "spsa-1")
@@ -170,8 +169,8 @@ def run_script(args: argparse.Namespace, data: Path, method: str, flags: list[st
     with tempfile.TemporaryDirectory() as out:
         argv = ["--dataset", data, "--arch", args.arch, "--batch-size", args.batch_size, "--epochs", 2, "--out", out]
         argv += ["--device", args.device, "--schedule", "constant", "--lr", "0.01", *own, *steps, *flags]
-        quiet = contextlib.redirect_stdout(io.StringIO())
-        with quiet, mock.patch.object(common.Run, "_held_out", lambda run: (0.0, 0.0)):  # timed is the training alone
+        quiet, training_alone = io.StringIO(), mock.patch.object(common.Run, "_held_out", lambda run: (0.0, 0.0))
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), training_alone:
             importlib.import_module(script).main([str(word) for word in argv])
         return common.read_file(Path(out) / "last.pt")["history"][-1]
 
@@ -401,9 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--out", default="bench.json", help="(default: bench.json)")
     args = parser.parse_args(argv)
     setting = vars(args) | {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-    setting["hardware"] = (
-        torch.cuda.get_device_name(args.device) if "cuda" in args.device else f"{os.cpu_count()} cores"
-    )
+    setting["hardware"] = common.hardware(args.device)
     results = {}
     for name in args.only:
         results[name] = SECTIONS[name](args)

@@ -12,6 +12,8 @@ import io
 import json
 import math
 import os
+import platform
+import re
 import shlex
 import signal
 import sys
@@ -557,6 +559,18 @@ def computes_bf16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def hardware(device: str) -> str:
+    """What a figure was measured on: the GPU's name, or the processor's and the number of threads."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        name = None
+    threads = torch.get_num_threads()
+    return f"{name[1] if name else platform.processor() or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -1274,6 +1288,7 @@ class Run:
             "scheduler": self.scheduler.state_dict(),
             "rng": {"cpu": torch.get_rng_state()},
             "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
+            "hardware": hardware(self.args.device),
         }
         if self.device_type == "cuda":
             content["rng"]["cuda"] = torch.cuda.get_rng_state(self.args.device)

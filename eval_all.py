@@ -25,7 +25,8 @@ norms, Linf and (--norm l2) L2:
     evaluator, audit         what counts, what goes on after an interruption; when not to believe a figure
     --corruptions [DIR]      CIFAR-10-C, ImageNet-C, or our approximation of them
     --geodesic               D-SphereNet's rejection by the angle, and an attack that evades it
-    --analyze NAMES          curves, gradients, features, examples: figures
+    --analyze NAMES          curves, gradients, features, examples: figures; angles of the class weights
+    --report DIR             a text with its tables filled in from many evaluations
 
 The evaluator decides what counts, not the attack: an adversarial image must lie in the ball and in [0, 1], and the
 model must misclassify it in float32. An image that is misclassified clean is not robust under any attack.
@@ -45,13 +46,15 @@ import math
 import os
 import re
 import shlex
+import statistics
 import sys
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from types import ModuleType
 
@@ -1764,6 +1767,22 @@ def plot_feature_map(result: dict, path: Path) -> None:
     plt.close(figure)
 
 
+@torch.no_grad()
+def angles(model: models.Classifier, x: Tensor, y: Tensor) -> dict:
+    """In degrees: the `smallest` and `largest` angle between two class weights, and the mean one `within` a class,
+    between the feature of a clean image and the weight of its class (ABCL, App. B)."""
+    weight = model.fc.centers if hasattr(model.fc, "centers") else model.fc.weight
+    gram = models.cosine(weight, weight)
+    between = torch.rad2deg(models.arccos(gram[~torch.eye(len(gram), dtype=torch.bool, device=gram.device)]))
+    z = torch.cat([model.features(part) for part in x.split(250)])
+    within = torch.rad2deg(models.arccos(models.cosine(z, weight).gather(1, y[:, None])))
+    return {"smallest": float(between.min()), "largest": float(between.max()), "within": float(within.mean())}
+
+
+def describe_angles(degrees: dict[str, float]) -> str:
+    return "class weights {smallest:.1f} to {largest:.1f} degrees apart, features {within:.1f} off".format(**degrees)
+
+
 def plot_examples(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, path: Path, count: int = 8) -> dict:
     """Clean image, attacked image and perturbation, amplified to fill the range: in Linf, that is -eps to eps.
 
@@ -1797,11 +1816,12 @@ def plot_examples(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, path: P
     return shown
 
 
-ANALYSES = ("curves", "gradients", "features", "examples")
+ANALYSES = ("curves", "gradients", "features", "angles", "examples")
 
 
 def analyze(names: list[str], model: nn.Module, x: Tensor, y: Tensor, settings: dict, folder: Path) -> dict:
-    """The analyses called `names` under PGD-20 on the training loss; each writes FOLDER/NAME.png and gives its data."""
+    """The analyses called `names` under PGD-20 on the training loss; each gives its data, and FOLDER/NAME.png but for
+    the angles."""
     torch.manual_seed(settings["seed"])
     budget = {"eps": settings["eps"], "norm": settings["norm"], "step_size": 2.5 * settings["eps"] / 20, "steps": 20}
     parts = zip(x.split(settings["batch_size"]), y.split(settings["batch_size"]), strict=True)
@@ -1816,6 +1836,9 @@ def analyze(names: list[str], model: nn.Module, x: Tensor, y: Tensor, settings: 
     if "features" in names:
         found["features"] = feature_map(model, x[:2000], x_adv[:2000], y[:2000], settings["seed"])
         plot_feature_map(found["features"], folder / "features.png")
+    if "angles" in names:
+        found["angles"] = angles(model, x, y)
+        print(describe_angles(found["angles"]))
     if "examples" in names:
         found["examples"] = plot_examples(model, x, x_adv, y, folder / "examples.png")
     return found
@@ -2020,6 +2043,9 @@ def report(name: str, meta: dict, outcome: dict, settings: dict) -> dict:
     same = [attack["right"] for attack in outcome["attacks"].values() if attack["norm"] == settings["norm"]]
     rows["worst case"] = accuracy_of(torch.stack(same).all(0))
     kept = {key: meta[key] for key in ("checkpoint", "method", "epoch", "model_options", "args") if key in meta}
+    if "history" in meta:
+        seconds = meta["args"]["epochs"] * statistics.fmean(row["seconds"] for row in meta["history"])
+        kept |= {"training_seconds": seconds, "training_hardware": meta.get("hardware")}
     return {"model": name, **settings, **kept, "attacks": rows}
 
 
@@ -2170,6 +2196,209 @@ def plot_results(results: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+# ------------------------------------------------------------------------------------------ report of many evaluations
+# --report DIR fills in the text DIR/report.md from the eval.json and verdicts.npz of all models in DIR. The folder of a
+# model is NAME-sSEED; all evaluations in it count, each attack on the most images it was made on. The text may say
+#
+#     {NAME on ATTACK}                 accuracy and interval
+#     {NAME vs OTHER on ATTACK}        both, and whether McNemar's test tells them apart, image by image
+#     {runs}                           how each model was trained and evaluated
+#     ```table ATTACK, ATTACK, ...     then a line a row: label | NAME | the paper's figures, in the columns' order
+#     ```figure FILE.png ATTACK, ...   the same rows as a bar chart
+#
+# ATTACK may be `worst case`, over all attacks in the ball on the images that all of them saw; a table's also `audit`.
+# Of several seeds the mean is given, and the interval from the lowest end of theirs to the highest.
+
+Verdicts = tuple[np.ndarray, np.ndarray]  # index in the test set, ascending, and whether it is still right
+WORST = "worst case"
+
+
+def on_common_images(verdicts: list[Verdicts]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The indices that all of them have, and the verdicts of each on these."""
+    index = reduce(np.intersect1d, (own for own, _ in verdicts))
+    return index, [right[np.searchsorted(own, index)] for own, right in verdicts]
+
+
+class Evaluated:
+    """A trained model and its evaluations: `facts` of eval.json, and for each attack its row and its verdicts."""
+
+    def __init__(self) -> None:
+        self.facts: dict = {"audit": [], "seconds": 0.0}
+        self.rows: dict[str, dict] = {}
+        self.verdicts: dict[str, Verdicts] = {}
+
+    def take_in(self, path: Path) -> None:
+        """What the eval.json of one model says, with the verdicts.npz beside it."""
+        try:
+            result = json.loads(path.read_text())
+            with np.load(path.with_name("verdicts.npz"), allow_pickle=False) as arrays:
+                found = {name: (arrays["index"], arrays[name]) for name in result["attacks"] if name != WORST}
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise common.UserError(f"{path}: not the evaluation of one model ({error})") from None
+        rows, seconds = result["attacks"], sum(row.get("seconds", 0.0) for row in result["attacks"].values())
+        self.facts |= result | {"seconds": self.facts["seconds"] + seconds}
+        for name, verdicts in found.items():
+            if name not in self.rows or rows[name]["n"] > self.rows[name]["n"]:
+                self.rows[name], self.verdicts[name] = rows[name], verdicts
+
+    def under(self, attack: str) -> Verdicts | None:
+        """The verdicts of one attack or of the worst case; None where there are none."""
+        if attack != WORST:
+            return self.verdicts.get(attack)
+        ball = self.facts["norm"], self.facts["eps"]
+        inside = [self.verdicts[name] for name, row in self.rows.items() if (row["norm"], row["eps"]) == ball]
+        index, rights = on_common_images(inside)
+        return index, np.all(rights, axis=0)
+
+
+Seeds = dict[int, Evaluated]
+Evaluations = dict[str, Seeds]  # by NAME
+
+
+def read_evaluations(folders: list[Path]) -> Evaluations:
+    """All models NAME-sSEED below these folders."""
+    found: Evaluations = {}
+    for folder in folders:
+        for path in sorted(folder.rglob("eval.json")):
+            home = next((parent for parent in path.parents if re.search(r"-s\d+$", parent.name)), None)
+            if home is None or not home.is_relative_to(folder):
+                raise common.UserError(f"{path}: is in no folder NAME-sSEED")
+            name, _, seed = home.relative_to(folder).as_posix().rpartition("-s")
+            found.setdefault(name, {}).setdefault(int(seed), Evaluated()).take_in(path)
+    if not found:
+        raise common.UserError(f"--report: there is no eval.json in {', '.join(map(str, folders))}")
+    return found
+
+
+def over_seeds(seeds: Seeds, attack: str) -> dict | None:
+    """accuracy, its low and high end in %, and n; None where no seed was attacked so."""
+    verdicts = [model.under(attack) for model in seeds.values()]
+    rows = [accuracy_of(torch.from_numpy(found[1])) for found in verdicts if found]
+    if not rows:
+        return None
+    ends = {"low": min(row["low"] for row in rows), "high": max(row["high"] for row in rows)}
+    return ends | {"accuracy": statistics.fmean(row["accuracy"] for row in rows), "n": min(row["n"] for row in rows)}
+
+
+def audit_verdict(seeds: Seeds) -> str:
+    failed = [sum(not check["passed"] for check in m.facts["audit"]) for m in seeds.values() if m.facts["audit"]]
+    return "not made" if not failed else f"FAILS {' and '.join(map(str, failed))}" if any(failed) else "passes"
+
+
+def cell(seeds: Seeds, column: str, paper: str) -> str:
+    row = None if column == "audit" else over_seeds(seeds, column)
+    ours = audit_verdict(seeds) if column == "audit" else ""
+    if row:
+        reach = max(row["high"] - row["accuracy"], row["accuracy"] - row["low"])
+        ours = f"{row['accuracy']:.2f} ± {reach:.2f}"
+    return f"{ours} <sub>{paper}</sub>".strip() if paper else ours
+
+
+def report_table(columns: list[str], rows: list[list[str]], found: Evaluations) -> str:
+    """A table in Markdown: rows are label, NAME and the paper's figures, - where it has none."""
+    known = [(label, name, papers) for label, name, *papers in rows if name in found]
+    for _, name, *_ in rows:
+        if name not in found:
+            print(f"--report: no evaluation of {name}, left out", file=sys.stderr)
+    heads = []
+    for column in columns:
+        counts = {row["n"] for _, name, _ in known if (row := column != "audit" and over_seeds(found[name], column))}
+        heads.append(f"{column}<br>n = {' / '.join(f'{n:,}' for n in sorted(counts))}" if counts else column)
+    lines = [["", *heads], ["---"] * (1 + len(heads))]
+    for label, name, papers in known:
+        values = re.split(r",\s*", papers[0]) if papers else []
+        values = [value.replace("-", "") for value in values] + [""] * (len(columns) - len(values))
+        cells = [cell(found[name], column, value) for column, value in zip(columns, values, strict=True)]
+        lines.append([f"{label} `{Path(name).name}`", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report_figure(path: Path, columns: list[str], rows: list[list[str]], found: Evaluations) -> None:
+    """The table's accuracies as bars."""
+    results = []
+    for label, name, *_ in rows:
+        bars = {column: over_seeds(found.get(name, {}), column) for column in columns}
+        if all(bars.values()):
+            facts = next(iter(found[name].values())).facts
+            results.append({key: facts[key] for key in ("dataset", "norm", "eps")} | {"model": label, "attacks": bars})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_results(results, path)
+
+
+def one_figure(found: Evaluations, name: str, attack: str) -> str:
+    seeds = found.get(name, {})
+    if attack == "audit" and seeds:
+        return audit_verdict(seeds)
+    measured = [model.facts["analyses"]["angles"] for model in seeds.values() if "analyses" in model.facts]
+    if attack == "angles" and measured:
+        return describe_angles({key: statistics.fmean(one[key] for one in measured) for key in measured[0]})
+    if row := over_seeds(seeds, attack):
+        return f"{row['accuracy']:.2f} ({interval(row)})"
+    raise common.UserError(f"report.md: there is no evaluation of {name} under {attack}")
+
+
+def compared(found: Evaluations, name: str, other: str, attack: str) -> str:
+    """Both accuracies on the images that both saw, and a difference where the test finds it for every seed."""
+    figures, seeds = [], sorted(found.get(name, {}).keys() & found.get(other, {}).keys())
+    for seed in seeds:
+        both = [found[one][seed].under(attack) for one in (name, other)]
+        if None not in both:
+            a, b = (torch.from_numpy(right) for right in on_common_images(both)[1])
+            p = min(1.0, 2 * min(chance(a, b), chance(b, a)))
+            figures.append((100 * float(a.float().mean()), 100 * float(b.float().mean()), p, len(a)))
+    if not figures:
+        raise common.UserError(f"report.md: no seed of {name} and {other} has verdicts under {attack}")
+    ours, others = (statistics.fmean(figure[i] for figure in figures) for i in (0, 1))
+    signs = {figure[0] > figure[1] for figure in figures}
+    sure = len(signs) == 1 and all(figure[2] < 0.05 for figure in figures)
+    verdict = ("more" if ours > others else "less") if sure else "no difference"
+    ps = ", ".join("< 0.001" if p < 0.001 else f"{p:.2g}" for _, _, p, _ in figures)
+    which = f"n = {figures[0][3]:,}, seed{'s' * (len(figures) > 1)} {', '.join(map(str, seeds))}"
+    return f"{ours:.2f} against {others:.2f} ({verdict}: p {ps}; {which})"
+
+
+def runs_table(found: Evaluations) -> str:
+    """How each model was trained, how long that and its evaluation took, in minutes, the mean over seeds, and where."""
+    lines = ["| run | seeds | network | epochs, images | training | evaluation | hardware |", "| --- " * 7 + "|"]
+    for name, seeds in found.items():
+        facts = [model.facts for model in seeds.values()]
+        args, times = facts[0].get("args", {}), ("training_seconds", "seconds")
+        minutes = [f"{statistics.fmean(fact.get(key, math.nan) for fact in facts) / 60:.0f}" for key in times]
+        size = f"{args.get('epochs', '?')}, {args.get('limit') or 'all'}"
+        places = dict.fromkeys(str(fact.get(key)) for fact in facts for key in ("training_hardware", "hardware"))
+        cells = [f"`{name}`", ", ".join(map(str, seeds)), args.get("arch", "?"), size, *minutes, "; ".join(places)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fill_in(text: str, found: Evaluations, out: Path) -> str:
+    """report.md with its figures; pictures are drawn beside `out`."""
+
+    def block(match: re.Match) -> str:
+        kind, first, *lines = match[1], *match[2].strip().splitlines()
+        rows = [[part.strip() for part in line.split("|")] for line in lines]
+        if kind == "table":
+            return report_table(re.split(r",\s*", first), rows, found)
+        path, _, columns = first.partition(" ")
+        report_figure(out.parent / path, re.split(r",\s*", columns), rows, found)
+        return f"![{columns}]({path})"
+
+    text = re.sub(r"^```(table|figure) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"\{(\S+) vs (\S+) on ([^}]+)\}", lambda m: compared(found, m[1], m[2], m[3]), text)
+    text = re.sub(r"\{(\S+) on ([^}]+)\}", lambda m: one_figure(found, m[1], m[2]), text)
+    return text.replace("{runs}", runs_table(found))
+
+
+def write_report(folders: list[Path], out: Path) -> None:
+    """The texts of these folders, filled in and joined, into `out`."""
+    found, texts = read_evaluations(folders), [folder / "report.md" for folder in folders]
+    if missing := [str(path) for path in texts if not path.is_file()]:
+        raise common.UserError(f"--report: there is no {', '.join(missing)}")
+    text = "\n".join(fill_in(path.read_text(), found, out) for path in texts)
+    common.write_atomically(out, lambda file: file.write(text), "w")
+    print(f"written to {out}")
+
+
 # ------------------------------------------------------------------------------------------------------------- main
 
 
@@ -2212,6 +2441,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="craft in bfloat16, judge in float32: twice as fast, but saturated activations then lose their gradient",
     )
     flag("--device", type=common.device_flag, default=common.default_device(), help="(default: %(default)s)")
+    text = "fill in DIR/report.md from the evaluations in DIR, folders NAME-sSEED, and write it to --out (RESULTS.md)"
+    flag("--report", nargs="+", metavar="DIR", help=text)
     flag("--out", help="(default: an eval folder beside the checkpoint; for several models ./eval)")
     group = parser.add_argument_group("for a bare state dict")
     flag = group.add_argument
@@ -2249,6 +2480,7 @@ def evaluation_settings(args: argparse.Namespace, data: common.Data, argv: list[
         "amp": args.amp,
         "device": args.device,
         "torch": str(torch.__version__),
+        "hardware": common.hardware(args.device),
         "command": shlex.join(["python", "eval_all.py", *argv]),
     }
 
@@ -2298,7 +2530,10 @@ def conclude(results: list[dict], out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args, ranks = parse_args(argv), meet_ranks()
+    args = parse_args(argv)
+    if args.report:
+        return write_report([Path(folder) for folder in args.report], Path(args.out or "RESULTS.md"))
+    ranks = meet_ranks()
     first = not ranks.rank
     if not first:
         sys.stdout = open(os.devnull, "w")

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# The runs behind the MNIST tables of RESULTS.md: each row is trained, evaluated, and its eval.json and verdicts.npz kept
+# in benchmarks/results/mnist/ROW-sSEED. What is done is skipped, what was interrupted goes on.
+#
+#     benchmarks/mnist.sh                     # every row, seeds 0 and 1
+#     benchmarks/mnist.sh pgd-he trades-he    # these rows
+#     SEEDS="0 1 2" RUNS=/scratch PYTHON=.venv/bin/python benchmarks/mnist.sh pgd-he
+#
+# Every process takes the next row that no other one is at: on a CPU start one a core. DATA is where mnist.npz is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # processes that share the cores would wait for each other's threads
+python=${PYTHON:-python} runs=${RUNS:-runs/mnist} data=${DATA:-data} seeds=${SEEDS:-0 1}
+
+short="--limit 20000 --epochs 6"
+robust="$short --eps-warmup 2"
+rows="
+pgd                at    train_pgd_he.py --head linear $robust
+pgd-he             at    train_pgd_he.py $robust
+angular            at    train_angular_at.py $robust
+trades             at    train_trades_he.py --head linear $robust
+trades-he          at    train_trades_he.py $robust
+pgd-mhe            at    train_pgd_he.py --head mhe $robust
+trades-mhe         at    train_trades_he.py --head mhe $robust
+angular-none       at    train_angular_at.py --alpha 0 --beta 0 $robust
+angular-wfc        at    train_angular_at.py --beta 0 $robust
+angular-sep        at    train_angular_at.py --alpha 0 $robust
+weightpen          nat   train_weightpen.py
+weightpen-relu     nat   train_weightpen.py --activation relu
+mmc                nat   train_mmc.py
+abcl               nat   train_abcl.py
+abcl-cosface       nat   train_abcl.py --k1 0 --k2 0
+abcl-sce           nat   train_abcl.py --base sce --k1 0 --k2 0
+abcl-ht-sce        nat   train_abcl.py --base ht-sce --k1 0 --k2 0
+cnn                nat   train_dsphere.py --correlation inner $short
+dsphere            nat   train_dsphere.py $short
+dsphere-wm         nat   train_dsphere.py --loss wm $short
+dsphere-wm-quad    nat   train_dsphere.py --loss wm --correlation quadratic $short
+dsphere-anneal     nat   train_dsphere.py --loss annealing $short
+dsphere-wm-trunc   nat   train_dsphere.py --loss wm --correlation truncated $short
+mart               at    train_mart.py $robust
+mmc-at             at    train_mmc.py --adversarial $robust
+alp                at    train_alp_he.py --head linear $robust
+alp-he             at    train_alp_he.py $robust
+alp-mhe            at    train_alp_he.py --head mhe $robust
+fast               at    train_fast_he.py --head linear $short
+fast-he            at    train_fast_he.py $short
+fast-mhe           at    train_fast_he.py --head mhe $short
+free               at    train_free_he.py --head linear --limit 20000
+free-he            at    train_free_he.py --limit 20000
+free-mhe           at    train_free_he.py --head mhe --limit 20000
+cnn-fgsm           nat   train_dsphere.py --correlation inner --train fgsm $robust
+dsphere-fgsm       nat   train_dsphere.py --train fgsm $robust
+cnn-pgd            at    train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
+dsphere-pgd        at    train_dsphere.py --train pgd --schedule cosine $robust
+dsphere-wm-pgd     at    train_dsphere.py --loss wm --train pgd --schedule cosine $robust
+"
+
+evaluate() { # row, evaluation, flags of eval_all.py: into benchmarks/results/mnist/ROW/EVALUATION
+    local row=$1 kept=benchmarks/results/mnist/$1/$2
+    [ -e "$kept/eval.json" ] && return
+    "$python" eval_all.py "$runs/$row" --data-dir "$data" --out "$runs/$row/$2" "${@:3}" >"$runs/$row/$2.txt"
+    mkdir -p "$kept"
+    cp "$runs/$row/$2/verdicts.npz" "$runs/$row/$2/eval.json" "$kept"
+}
+
+do_row() { # row, kind, script and flags
+    local row=$1
+    if [ ! -e "$runs/$row/trained" ]; then
+        "$python" "${@:3}" --dataset mnist --data-dir "$data" --out "$runs/$row" --resume >"$runs/$row.log"
+        touch "$runs/$row/trained"
+    fi
+    case $2 in
+    at)
+        evaluate "$row" fast --amp --attacks fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf,pgd-100@0.01
+        evaluate "$row" strong --amp --n 1000 --attacks autoattack --audit
+        ;;
+    nat) # their gradients may vanish, the more so in bfloat16
+        evaluate "$row" fast --attacks fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf,pgd-100@0.01
+        evaluate "$row" strong --n 1000 --attacks square,autoattack --audit --analyze features,angles
+        ;;
+    esac
+}
+
+mkdir -p "$runs"
+for seed in $seeds; do
+    while read -r name kind command; do
+        [ -n "$name" ] && { [ $# = 0 ] || [[ " $* " == *" $name "* ]]; } || continue
+        row=$name-s$seed
+        (
+            flock -n 9 || exit 0 # another process is at it
+            echo "$row"
+            read -ra words <<<"$command"
+            do_row "$row" "$kind" "${words[@]}" --seed "$seed"
+        ) 9>"$runs/$row.lock"
+    done <<<"$rows"
+done

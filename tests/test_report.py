@@ -1,0 +1,120 @@
+"""--report fills a text in from eval.json and verdicts.npz: figures, intervals, worst case, McNemar's test."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval_all
+
+REPORT = """# Title
+```table clean, pgd-20, worst case, audit
+One | toy/one | 90.1, -, 50
+Two | toy/two
+Never run | toy/three | 1, 2
+```
+It stands {toy/one on pgd-20}, {toy/one vs toy/two on pgd-20}, {toy/one vs toy/one on clean}.
+Its audit {toy/one on audit}; {toy/one on angles}.
+```figure figures/bars.png clean, pgd-20
+One | toy/one
+Two | toy/two
+```
+{runs}
+"""
+
+
+def write_evaluation(folder, rights, index=None, **facts):
+    """What eval_all.py leaves for one model whose verdicts are `rights` {attack: (N,)}."""
+    folder.mkdir(parents=True)
+    rows = {
+        name: eval_all.accuracy_of(torch.from_numpy(right)) | {"norm": "linf", "eps": 0.3, "seconds": 60.0}
+        for name, right in rights.items()
+    }
+    rows["worst case"] = eval_all.accuracy_of(torch.from_numpy(np.all(list(rights.values()), axis=0)))
+    result = {"dataset": "toy", "norm": "linf", "eps": 0.3, "hardware": "abacus", "attacks": rows, **facts}
+    (folder / "eval.json").write_text(json.dumps(result))
+    index = np.arange(len(rights["clean"])) if index is None else index
+    np.savez(folder / "verdicts.npz", index=index, label=index % 10, **rights)
+
+
+def first(count, of):
+    return np.arange(of) < count
+
+
+@pytest.fixture
+def results(tmp_path):
+    """toy/one twice, with a second evaluation on some of the images, and toy/two."""
+    for seed, right in ((0, 60), (1, 70)):
+        rights = {"clean": first(95, 100), "pgd-20": first(right, 100)}
+        facts = {"training_seconds": 600, "training_hardware": "slide rule", "args": {"arch": "net", "epochs": 3}}
+        write_evaluation(tmp_path / "results" / f"toy/one-s{seed}" / "fast", rights, **facts)
+        few = np.array([10, 40, 65, 99])
+        audit = [{"check": "c", "figures": "", "passed": seed == 0}]
+        found = {"angles": {"smallest": 90.0 + seed, "largest": 100.0, "within": 5.0}}
+        rights = {"clean": few < 95, "square": np.array([True, False, True, False])}
+        folder = tmp_path / "results" / f"toy/one-s{seed}" / "strong"
+        write_evaluation(folder, rights, few, audit=audit, analyses=found)
+    write_evaluation(tmp_path / "results" / "toy/two-s0", {"clean": first(95, 100), "pgd-20": first(40, 100)})
+    (tmp_path / "results" / "report.md").write_text(REPORT)
+    return tmp_path / "results"
+
+
+def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
+    code, _, err = cli("eval_all", "--report", results, "--out", tmp_path / "R.md")
+    assert code == 0 and "toy/three, left out" in err, err
+    text = (tmp_path / "R.md").read_text()
+    low, high = eval_all.wilson(60, 100)[0], eval_all.wilson(70, 100)[1]
+    reach = max(65 - low, high - 65)
+    # On images 10, 40, 65 and 99 all attacks: the first alone stands for seed 0, the first and third for seed 1.
+    worst = (25 + 50) / 2
+    assert (
+        f"| One `one` | 95.00 ± {95 - eval_all.wilson(95, 100)[0]:.2f} <sub>90.1</sub> | 65.00 ± {reach:.2f} |" in text
+    )
+    assert re.search(rf"\| {worst:.2f} ± \d+\.\d\d <sub>50</sub> \| FAILS 0 and 1 \|", text), text
+    assert "| Two `two` | 95.00 ± " in text and "| not made |" in text and "Never run" not in text
+    assert f"It stands 65.00 ({low:.2f} - {high:.2f}), 60.00 against 40.00 (more: p < 0.001; n = 100, seed 0)," in text
+    assert "95.00 against 95.00 (no difference: p 1, 1; n = 100, seeds 0, 1)" in text
+    assert "audit FAILS 0 and 1; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
+    assert "| `toy/one` | 0, 1 | net | 3, all | 10 | 4 | slide rule; abacus |" in text
+    assert "![clean, pgd-20](figures/bars.png)" in text and (tmp_path / "figures/bars.png").stat().st_size > 5000
+    assert "worst case<br>n = 4 / 100" in text
+    cli("eval_all", "--report", results, "--out", tmp_path / "again.md")
+    assert (tmp_path / "again.md").read_text() == text
+
+
+def test_a_difference_is_one_that_mcnemars_test_finds():
+    """12 images gained and 3 lost: p = 2 * P(at least 12 of 15 heads) = 0.035; 10 and 3: 0.092."""
+    for gained, p, verdict in ((12, "0.035", "more"), (10, "0.092", "no difference")):
+        found = {"a": {0: eval_all.Evaluated()}, "b": {0: eval_all.Evaluated()}}
+        b = np.arange(100) >= gained
+        found["a"][0].verdicts["pgd"] = (np.arange(100), np.arange(100) < 97)
+        found["b"][0].verdicts["pgd"] = (np.arange(100), b)
+        assert f"({verdict}: p {p}; n = 100" in eval_all.compared(found, "a", "b", "pgd")
+
+
+@pytest.mark.parametrize("break_it, complaint", [
+    (lambda path: (path / "report.md").unlink(), "there is no"),
+    (lambda path: (path / "report.md").write_text("{toy/one on magic}"), "no evaluation of toy/one under magic"),
+    (lambda path: (path / "report.md").write_text("{toy/one vs toy/none on clean}"), "no seed of toy/one and toy/none"),
+    (lambda path: (path / "toy/two-s0/eval.json").write_text("{"), "not the evaluation of one model"),
+    (lambda path: (path / "toy/two-s0/verdicts.npz").write_bytes(b"PK"), "not the evaluation of one model"),
+    (lambda path: (path / "toy/two-s0").rename(path / "toy/two"), "is in no folder NAME-sSEED"),
+])  # fmt: skip
+def test_a_report_that_cannot_be_made_is_one_line(cli, results, tmp_path, break_it, complaint):
+    (tmp_path / "RESULTS.md").write_text("as it was")
+    break_it(results)
+    code, _, err = cli("eval_all", "--report", results)
+    assert code == 2 and complaint in err.splitlines()[-1] and "Traceback" not in err, err
+    assert (tmp_path / "RESULTS.md").read_text() == "as it was"
+    assert "no eval.json" in cli("eval_all", "--report", tmp_path / "nowhere")[2]
+
+
+def test_the_committed_results_regenerate(cli, tmp_path):
+    """RESULTS.md is what --report makes of benchmarks/results, byte for byte."""
+    top = Path(__file__).parent.parent
+    code, _, err = cli("eval_all", "--report", top / "benchmarks" / "results", "--out", tmp_path / "RESULTS.md")
+    assert code == 0, err
+    assert (tmp_path / "RESULTS.md").read_text() == (top / "RESULTS.md").read_text()
