@@ -15,7 +15,7 @@ python=${PYTHON:-python} runs=${RUNS:-runs/mnist} data=${DATA:-data} seeds=${SEE
 short="--limit 20000 --epochs 6"
 robust="$short --eps-warmup 2"
 rows="
-pgd                at    train_pgd_he.py --head linear $robust
+pgd                at+wp train_pgd_he.py --head linear $robust
 pgd-he             at    train_pgd_he.py $robust
 angular            at    train_angular_at.py $robust
 trades             at    train_trades_he.py --head linear $robust
@@ -25,20 +25,20 @@ trades-mhe         at    train_trades_he.py --head mhe $robust
 angular-none       at    train_angular_at.py --alpha 0 --beta 0 $robust
 angular-wfc        at    train_angular_at.py --beta 0 $robust
 angular-sep        at    train_angular_at.py --alpha 0 $robust
-weightpen          nat   train_weightpen.py
-weightpen-relu     nat   train_weightpen.py --activation relu
-mmc                nat   train_mmc.py
-abcl               nat   train_abcl.py
-abcl-cosface       nat   train_abcl.py --k1 0 --k2 0
-abcl-sce           nat   train_abcl.py --base sce --k1 0 --k2 0
-abcl-ht-sce        nat   train_abcl.py --base ht-sce --k1 0 --k2 0
+weightpen          wp    train_weightpen.py
+weightpen-relu     wp    train_weightpen.py --activation relu
+mmc                wp    train_mmc.py
+abcl               abcl  train_abcl.py
+abcl-cosface       abcl  train_abcl.py --k1 0 --k2 0
+abcl-sce           abcl  train_abcl.py --base sce --k1 0 --k2 0
+abcl-ht-sce        abcl  train_abcl.py --base ht-sce --k1 0 --k2 0
 cnn                nat   train_dsphere.py --correlation inner $short
 dsphere            nat   train_dsphere.py $short
 dsphere-wm         nat   train_dsphere.py --loss wm $short
 dsphere-wm-quad    nat   train_dsphere.py --loss wm --correlation quadratic $short
 dsphere-anneal     nat   train_dsphere.py --loss annealing $short
 dsphere-wm-trunc   nat   train_dsphere.py --loss wm --correlation truncated $short
-mart               at    train_mart.py $robust
+mart               at+wp train_mart.py $robust
 mmc-at             at    train_mmc.py --adversarial $robust
 alp                at    train_alp_he.py --head linear $robust
 alp-he             at    train_alp_he.py $robust
@@ -70,15 +70,23 @@ do_row() { # row, kind, script and flags
         "$python" "${@:3}" --dataset mnist --data-dir "$data" --out "$runs/$row" --resume >"$runs/$row.log"
         touch "$runs/$row/trained"
     fi
+    # An adversarially trained model may be attacked in bfloat16; elsewhere gradients vanish, and there the more so.
     case $2 in
-    at)
+    at*)
         evaluate "$row" fast --amp --attacks fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf,pgd-100@0.01
         evaluate "$row" strong --amp --n 1000 --attacks autoattack --audit
         ;;
-    nat) # their gradients may vanish, the more so in bfloat16
+    *)
         evaluate "$row" fast --attacks fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf,pgd-100@0.01
         evaluate "$row" strong --n 1000 --attacks square,autoattack --audit --analyze features,angles
         ;;
+    esac
+    case $2 in # what their papers report besides
+    *wp)
+        evaluate "$row" table4 --n 1000 --attacks pgd-40@0.01,pgd-200@0.01,deepfool
+        evaluate "$row" table4-slow --n 100 --attacks mta-200@0.01,cw-l2
+        ;;
+    abcl) evaluate "$row" appendix --attacks bim-20,fgsm-l2 ;;
     esac
 }
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 import common
+import eval_all
 import models
 from eval_all import (
     CORRUPTIONS,
@@ -361,13 +362,20 @@ def test_features_of_two_dimensions_are_shown_as_they_are():
     assert np.allclose(result["clean"], x.flatten(1), atol=1e-3) and result["attacked"] == result["clean"][::-1]
 
 
+def test_angles_are_between_class_weights_and_of_features_to_their_own():
+    model = Plane()
+    model.fc.weight.data = at_angle(0.0, 70.0).view(2, 2) * 3  # their lengths do not matter
+    found = eval_all.angles(model, at_angle(10.0, 30.0), torch.tensor([0, 1]))
+    assert found == pytest.approx({"smallest": 70.0, "largest": 70.0, "within": 25.0}, abs=1e-3)
+
+
 def test_the_command_line_writes_the_figures_and_refuses_what_it_cannot_do(cli, refused, tmp_path):
     flags = ["--epochs", "1", "--limit", "164", "--batch-size", "32", "--out", tmp_path / "run"]
     assert cli("train_dsphere", *flags)[0] == 0
-    asked = ["--corruptions", "--geodesic", "--analyze", "gradients,features,examples"]
+    asked = ["--corruptions", "--geodesic", "--analyze", "gradients,features,angles,examples"]
     code, out, err = cli("eval_all", tmp_path / "run", "--n", "60", "--attacks", "fgsm", *asked)
     assert code == 0, err
-    assert "our approximation" in out and "geodesic inference under geodesic-pgd-40" in out
+    assert "degrees apart" in out and "our approximation" in out and "geodesic inference under geodesic-pgd-40" in out
     folder = tmp_path / "run" / "eval"
     result = json.loads((folder / "eval.json").read_text())
     assert set(result["corruptions"]["accuracy"]) == set(CORRUPTIONS)
