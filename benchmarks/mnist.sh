@@ -14,54 +14,57 @@ python=${PYTHON:-python} runs=${RUNS:-runs/mnist} data=${DATA:-data} seeds=${SEE
 
 short="--limit 20000 --epochs 6"
 robust="$short --eps-warmup 2"
-rows="
-pgd                at+wp train_pgd_he.py --head linear $robust
-pgd-he             at    train_pgd_he.py $robust
-angular            at    train_angular_at.py $robust
-trades             at    train_trades_he.py --head linear $robust
-trades-he          at    train_trades_he.py $robust
-pgd-mhe            at    train_pgd_he.py --head mhe $robust
-trades-mhe         at    train_trades_he.py --head mhe $robust
-angular-none       at    train_angular_at.py --alpha 0 --beta 0 $robust
-angular-wfc        at    train_angular_at.py --beta 0 $robust
-angular-sep        at    train_angular_at.py --alpha 0 $robust
-weightpen          wp    train_weightpen.py
-weightpen-relu     wp    train_weightpen.py --activation relu
-mmc                wp    train_mmc.py
-abcl               abcl  train_abcl.py
-abcl-cosface       abcl  train_abcl.py --k1 0 --k2 0
-abcl-sce           abcl  train_abcl.py --base sce --k1 0 --k2 0
-abcl-ht-sce        abcl  train_abcl.py --base ht-sce --k1 0 --k2 0
-cnn                nat   train_dsphere.py --correlation inner $short
-dsphere            nat   train_dsphere.py $short
-dsphere-wm         nat   train_dsphere.py --loss wm $short
-dsphere-wm-quad    nat   train_dsphere.py --loss wm --correlation quadratic $short
-dsphere-anneal     nat   train_dsphere.py --loss annealing $short
-dsphere-wm-trunc   nat   train_dsphere.py --loss wm --correlation truncated $short
-mart               at+wp train_mart.py $robust
-mmc-at             at    train_mmc.py --adversarial $robust
-alp                at    train_alp_he.py --head linear $robust
-alp-he             at    train_alp_he.py $robust
-alp-mhe            at    train_alp_he.py --head mhe $robust
-fast               at    train_fast_he.py --head linear $short
-fast-he            at    train_fast_he.py $short
-fast-mhe           at    train_fast_he.py --head mhe $short
-free               at    train_free_he.py --head linear --limit 20000
-free-he            at    train_free_he.py --limit 20000
-free-mhe           at    train_free_he.py --head mhe --limit 20000
-cnn-fgsm           nat   train_dsphere.py --correlation inner --train fgsm $robust
-dsphere-fgsm       nat   train_dsphere.py --train fgsm $robust
-cnn-pgd            at    train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
-dsphere-pgd        at    train_dsphere.py --train pgd --schedule cosine $robust
-dsphere-wm-pgd     at    train_dsphere.py --loss wm --train pgd --schedule cosine $robust
+fast=fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf,pgd-100@0.01
+rows="pgd                at+wp      train_pgd_he.py --head linear $robust
+pgd-he             at+float32 train_pgd_he.py $robust
+angular            at         train_angular_at.py $robust
+trades             at         train_trades_he.py --head linear $robust
+trades-he          at         train_trades_he.py $robust
+pgd-mhe            at         train_pgd_he.py --head mhe $robust
+trades-mhe         at         train_trades_he.py --head mhe $robust
+angular-none       at         train_angular_at.py --alpha 0 --beta 0 $robust
+angular-wfc        at         train_angular_at.py --beta 0 $robust
+angular-sep        at         train_angular_at.py --alpha 0 $robust
+weightpen          wp         train_weightpen.py --lr 1e-3 --schedule multistep --epochs 8
+weightpen-relu     wp         train_weightpen.py --lr 1e-3 --schedule multistep --epochs 8 --activation relu
+mmc                wp         train_mmc.py
+abcl               abcl       train_abcl.py
+abcl-cosface       abcl       train_abcl.py --k1 0 --k2 0
+abcl-sce           abcl       train_abcl.py --base sce --k1 0 --k2 0
+abcl-ht-sce        abcl       train_abcl.py --base ht-sce --k1 0 --k2 0
+cnn                nat        train_dsphere.py --correlation inner $short
+dsphere            nat        train_dsphere.py $short
+dsphere-wm         nat        train_dsphere.py --loss wm $short
+dsphere-wm-quad    nat        train_dsphere.py --loss wm --correlation quadratic $short
+dsphere-anneal     nat        train_dsphere.py --loss annealing $short
+dsphere-wm-trunc   nat        train_dsphere.py --loss wm --correlation truncated $short
+bfloat16           speed      train_pgd_he.py --limit 8000 --epochs 8 --eps-warmup 3 --amp
+float32            speed      train_pgd_he.py --limit 8000 --epochs 8 --eps-warmup 3 --no-amp
+mart               at+wp      train_mart.py $robust
+mmc-at             at         train_mmc.py --adversarial $robust
+alp                at         train_alp_he.py --head linear $robust
+alp-he             at         train_alp_he.py $robust
+alp-mhe            at         train_alp_he.py --head mhe $robust
+fast               at         train_fast_he.py --head linear $short
+fast-he            at         train_fast_he.py $short
+fast-mhe           at         train_fast_he.py --head mhe $short
+free               at         train_free_he.py --head linear --limit 20000
+free-he            at         train_free_he.py --limit 20000
+free-mhe           at         train_free_he.py --head mhe --limit 20000
+cnn-fgsm           nat        train_dsphere.py --correlation inner --train fgsm $robust
+dsphere-fgsm       nat        train_dsphere.py --train fgsm $robust
+cnn-pgd            at         train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
+dsphere-pgd        at         train_dsphere.py --train pgd --schedule cosine $robust
+dsphere-wm-pgd     at         train_dsphere.py --loss wm --train pgd --schedule cosine $robust
 "
 
-evaluate() { # row, evaluation, flags of eval_all.py: into benchmarks/results/mnist/ROW/EVALUATION
-    local row=$1 kept=benchmarks/results/mnist/$1/$2
+evaluate() { # row, where to in benchmarks/results/mnist, flags of eval_all.py
+    local kept=benchmarks/results/mnist/$2 out=$runs/evaluations/$2
     [ -e "$kept/eval.json" ] && return
-    "$python" eval_all.py "$runs/$row" --data-dir "$data" --out "$runs/$row/$2" "${@:3}" >"$runs/$row/$2.txt"
+    mkdir -p "$out"
+    "$python" eval_all.py "$runs/$1" --data-dir "$data" --out "$out" "${@:3}" >"$out/log"
     mkdir -p "$kept"
-    cp "$runs/$row/$2/verdicts.npz" "$runs/$row/$2/eval.json" "$kept"
+    cp "$out/verdicts.npz" "$out/eval.json" "$kept"
 }
 
 do_row() { # row, kind, script and flags
@@ -73,20 +76,22 @@ do_row() { # row, kind, script and flags
     # An adversarially trained model may be attacked in bfloat16; elsewhere gradients vanish, and there the more so.
     case $2 in
     at*)
-        evaluate "$row" fast --amp --attacks fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf,pgd-100@0.01
-        evaluate "$row" strong --amp --n 1000 --attacks autoattack --audit
+        evaluate "$row" "$row/fast" --amp --attacks "$fast"
+        evaluate "$row" "$row/strong" --amp --n 1000 --attacks autoattack --audit
         ;;
+    speed) evaluate "$row" "$row/fast" --amp --attacks pgd-20,cw-inf ;;
     *)
-        evaluate "$row" fast --attacks fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf,pgd-100@0.01
-        evaluate "$row" strong --n 1000 --attacks square,autoattack --audit --analyze features,angles
+        evaluate "$row" "$row/fast" --attacks "$fast"
+        evaluate "$row" "$row/strong" --n 1000 --attacks square,autoattack --audit --analyze features,angles
         ;;
     esac
     case $2 in # what their papers report besides
     *wp)
-        evaluate "$row" table4 --n 1000 --attacks pgd-40@0.01,pgd-200@0.01,deepfool
-        evaluate "$row" table4-slow --n 100 --attacks mta-200@0.01,cw-l2
+        evaluate "$row" "$row/table4" --n 1000 --attacks pgd-40@0.01,pgd-200@0.01,deepfool
+        evaluate "$row" "$row/table4-slow" --n 100 --attacks mta-200@0.01,cw-l2
         ;;
-    abcl) evaluate "$row" appendix --attacks bim-20,fgsm-l2 ;;
+    at+float32) evaluate "$row" "${row%-s*}-float32-s$seed/fast" --attacks "$fast" ;; # what bfloat16 would have missed
+    abcl) evaluate "$row" "$row/appendix" --attacks bim-20,fgsm-l2 ;;
     esac
 }
 
@@ -102,4 +107,13 @@ for seed in $seeds; do
             do_row "$row" "$kind" "${words[@]}" --seed "$seed"
         ) 9>"$runs/$row.lock"
     done <<<"$rows"
+done
+
+transfer=(pgd trades-he weightpen dsphere) # from each of these to each
+for seed in $seeds; do
+    sources=("${transfer[@]/%/-s$seed}")
+    [ "$(cd "$runs" && ls -d "${sources[@]/%//trained}" 2>/dev/null | wc -l)" = 4 ] && [ $# = 0 ] || continue
+    for row in "${sources[@]}"; do
+        evaluate "$row" "$row/transfer" --n 1000 --attacks clean --source "${sources[@]/#/$runs/}"
+    done
 done
