@@ -2204,7 +2204,9 @@ def plot_results(results: list[dict], path: Path) -> None:
 #     {NAME vs OTHER on ATTACK}        both, and whether McNemar's test tells them apart, image by image
 #     {runs}                           how each model was trained and evaluated
 #     ```table ATTACK, ATTACK, ...     then a line a row: label | NAME | the paper's figures, in the columns' order
-#     ```figure FILE.png ATTACK, ...   the same rows as a bar chart
+#     ```bars FILE.png ATTACK, ...     the same rows as a bar chart
+#     ```lines FILE.png ATTACK; AXIS   then a line a row: label | a NAME for each value | these values, along AXIS
+#     ```grid FILE.png ATTACK; AXIS    the same rows as a grid of cells
 #
 # ATTACK may be `worst case`, over all attacks in the ball on the images that all of them saw; a table's also `audit`.
 # Of several seeds the mean is given, and the interval from the lowest end of theirs to the highest.
@@ -2313,16 +2315,58 @@ def report_table(columns: list[str], rows: list[list[str]], found: Evaluations) 
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def report_figure(path: Path, columns: list[str], rows: list[list[str]], found: Evaluations) -> None:
-    """The table's accuracies as bars."""
-    results = []
+def draw_bars(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
+    """The accuracies of a table's rows, where all of them are known."""
+    columns, results = re.split(r",\s*", about), []
     for label, name, *_ in rows:
         bars = {column: over_seeds(found.get(name, {}), column) for column in columns}
         if all(bars.values()):
             facts = next(iter(found[name].values())).facts
             results.append({key: facts[key] for key in ("dataset", "norm", "eps")} | {"model": label, "attacks": bars})
-    path.parent.mkdir(parents=True, exist_ok=True)
     plot_results(results, path)
+
+
+def series(names: str, attack: str, found: Evaluations) -> list[dict]:
+    """The figures of several NAMEs, separated by commas, under one attack."""
+    wanted = re.split(r",\s*", names)
+    if missing := [name for name in wanted if over_seeds(found.get(name, {}), attack) is None]:
+        raise common.UserError(f"report.md: there is no evaluation of {', '.join(missing)} under {attack}")
+    return [over_seeds(found[name], attack) for name in wanted]
+
+
+def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
+    """Accuracy with its interval against what is varied, a line a row."""
+    plt = pyplot()
+    attack, axis_name = about.split("; ")
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for (label, names, values), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
+        figures, at = series(names, attack, found), [float(value) for value in values.split(",")]
+        accuracy = np.array([row["accuracy"] for row in figures])
+        error = np.abs([[row["low"] for row in figures], [row["high"] for row in figures]] - accuracy)
+        axis.errorbar(at, accuracy, error, marker=marker, markersize=4, linewidth=1.2, capsize=2, label=label)
+    axis.set(xlabel=axis_name, ylabel=f"accuracy under {attack} (%)", xticks=at)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_grid(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
+    """Accuracies as colored cells: a line a row, a column a value."""
+    plt = pyplot()
+    attack, axis_name = about.split("; ")
+    cells = np.array([[row["accuracy"] for row in series(names, attack, found)] for _, names, _ in rows])
+    figure, axis = plt.subplots(figsize=(1.5 + 0.8 * cells.shape[1], 1.2 + 0.45 * len(cells)), layout="constrained")
+    image = axis.imshow(cells, cmap="viridis", aspect="auto")
+    for (i, j), value in np.ndenumerate(cells):
+        dark = value < (cells.min() + cells.max()) / 2
+        axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    axis.set_xticks(range(cells.shape[1]), rows[0][2].split(","))
+    axis.set_yticks(range(len(rows)), [label for label, *_ in rows])
+    axis.set_xlabel(axis_name)
+    figure.colorbar(image, ax=axis, label=f"accuracy under\n{attack} (%)")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def one_figure(found: Evaluations, name: str, attack: str) -> str:
@@ -2379,11 +2423,13 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
         rows = [[part.strip() for part in line.split("|")] for line in lines]
         if kind == "table":
             return report_table(re.split(r",\s*", first), rows, found)
-        path, _, columns = first.partition(" ")
-        report_figure(out.parent / path, re.split(r",\s*", columns), rows, found)
-        return f"![{columns}]({path})"
+        name, _, about = first.partition(" ")
+        path = out.parent / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        {"bars": draw_bars, "lines": draw_lines, "grid": draw_grid}[kind](path, about, rows, found)
+        return f"![{about}]({name})"
 
-    text = re.sub(r"^```(table|figure) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```(table|bars|lines|grid) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"\{(\S+) vs (\S+) on ([^}]+)\}", lambda m: compared(found, m[1], m[2], m[3]), text)
     text = re.sub(r"\{(\S+) on ([^}]+)\}", lambda m: one_figure(found, m[1], m[2]), text)
     return text.replace("{runs}", runs_table(found))

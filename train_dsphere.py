@@ -87,6 +87,8 @@ def parse_args(argv=None):
     flag("--loss", choices=("wsoftmax", "wm", "annealing"), default="wsoftmax", help="(default: wsoftmax; Eq. 4)")
     flag("--eta", type=number(float, 0), default=0.01, help="of |a| in --loss wm (default: 0.01; ours)")
     flag("--orth", type=number(float, 0), default=1e-4, help="of the orthogonality (default: 1e-4; ours)")
+    text = "project the features linearly to so many dimensions, 2 for Fig. 2 (default: no projection)"
+    flag("--feature-dim", type=number(int, 1), help=text)
     flag("--train", choices=("natural", "fgsm", "pgd"), default="natural", help="(default: natural)")
     flag("--iterations", type=number(int, 1), help="train for so many steps, in whole epochs, in place of --epochs")
     args = parser.parse_args(argv)
@@ -105,7 +107,7 @@ def main(argv=None):
     head = "linear" if plain else "sphere_wm" if args.loss == "wm" else "sphere"
     sphere = dict(correlation=args.correlation, manifold=args.manifold)
     middle = None if args.train == "natural" else [0.5] * data.in_channels
-    sphere |= dict(mean=middle, std=middle)
+    sphere |= dict(mean=middle, std=middle, feature_dim=args.feature_dim)
     model = common.build_model(args, data, head=head, **sphere)
     run = common.Run(args, model, data, natural=args.train == "natural")
 

@@ -18,9 +18,16 @@ Never run | toy/three | 1, 2
 ```
 It stands {toy/one on pgd-20}, {toy/one vs toy/two on pgd-20}, {toy/one vs toy/one on clean}.
 Its audit {toy/one on audit}; {toy/one on angles}.
-```figure figures/bars.png clean, pgd-20
+```bars figures/bars.png clean, pgd-20
 One | toy/one
 Two | toy/two
+```
+```lines figures/lines.png pgd-20; steps
+Both | toy/one, toy/two | 1,2
+```
+```grid figures/grid.png clean; margin
+s = 1 | toy/one, toy/two | 0,0.1
+s = 2 | toy/two, toy/two | 0,0.1
 ```
 {runs}
 """
@@ -79,7 +86,8 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     assert "95.00 against 95.00 (no difference: p 1, 1; n = 100, seeds 0, 1)" in text
     assert "audit FAILS 0 and 1; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
     assert "| `toy/one` | 0, 1 | net | 3, all | 10 | 4 | slide rule; abacus |" in text
-    assert "![clean, pgd-20](figures/bars.png)" in text and (tmp_path / "figures/bars.png").stat().st_size > 5000
+    for about, name in (("clean, pgd-20", "bars"), ("pgd-20; steps", "lines"), ("clean; margin", "grid")):
+        assert f"![{about}](figures/{name}.png)" in text and (tmp_path / f"figures/{name}.png").stat().st_size > 5000
     assert "worst case<br>n = 4 / 100" in text
     cli("eval_all", "--report", results, "--out", tmp_path / "again.md")
     assert (tmp_path / "again.md").read_text() == text
@@ -99,6 +107,7 @@ def test_a_difference_is_one_that_mcnemars_test_finds():
     (lambda path: (path / "report.md").unlink(), "there is no"),
     (lambda path: (path / "report.md").write_text("{toy/one on magic}"), "no evaluation of toy/one under magic"),
     (lambda path: (path / "report.md").write_text("{toy/one vs toy/none on clean}"), "no seed of toy/one and toy/none"),
+    (lambda path: (path / "report.md").write_text("```grid a clean; m\na | toy/no | 1\n```"), "evaluation of toy/no"),
     (lambda path: (path / "toy/two-s0/eval.json").write_text("{"), "not the evaluation of one model"),
     (lambda path: (path / "toy/two-s0/verdicts.npz").write_bytes(b"PK"), "not the evaluation of one model"),
     (lambda path: (path / "toy/two-s0").rename(path / "toy/two"), "is in no folder NAME-sSEED"),
