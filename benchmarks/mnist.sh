@@ -1,16 +1,10 @@
 #!/usr/bin/env bash
-# The runs behind the MNIST tables of RESULTS.md: each row is trained, evaluated, and its eval.json and verdicts.npz kept
-# in benchmarks/results/mnist/ROW-sSEED. What is done is skipped, what was interrupted goes on.
+# The MNIST tables of RESULTS.md.
 #
 #     benchmarks/mnist.sh                     # every row, seeds 0 and 1
 #     benchmarks/mnist.sh pgd-he trades-he    # these rows
-#     SEEDS="0 1 2" RUNS=/scratch PYTHON=.venv/bin/python benchmarks/mnist.sh pgd-he
-#
-# Every process takes the next row that no other one is at: on a CPU start one a core. DATA is where mnist.npz is.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # processes that share the cores would wait for each other's threads
-python=${PYTHON:-python} runs=${RUNS:-runs/mnist} data=${DATA:-data} seeds=${SEEDS:-0 1}
+dataset=mnist
+source "$(dirname "$0")/rows.sh"
 
 short="--limit 20000 --epochs 6"
 robust="$short --eps-warmup 2"
@@ -58,56 +52,30 @@ dsphere-pgd        at         train_dsphere.py --train pgd --schedule cosine $ro
 dsphere-wm-pgd     at         train_dsphere.py --loss wm --train pgd --schedule cosine $robust
 "
 
-evaluate() { # row, where to in benchmarks/results/mnist, flags of eval_all.py
-    local kept=benchmarks/results/mnist/$2 out=$runs/evaluations/$2
-    [ -e "$kept/eval.json" ] && return
-    mkdir -p "$out"
-    "$python" eval_all.py "$runs/$1" --data-dir "$data" --out "$out" "${@:3}" >"$out/log"
-    mkdir -p "$kept"
-    cp "$out/verdicts.npz" "$out/eval.json" "$kept"
-}
-
-do_row() { # row, kind, script and flags
-    local row=$1
-    if [ ! -e "$runs/$row/trained" ]; then
-        "$python" "${@:3}" --dataset mnist --data-dir "$data" --out "$runs/$row" --resume >"$runs/$row.log"
-        touch "$runs/$row/trained"
-    fi
+evaluations() { # row, kind
     # An adversarially trained model may be attacked in bfloat16; elsewhere gradients vanish, and there the more so.
     case $2 in
     at*)
-        evaluate "$row" "$row/fast" --amp --attacks "$fast"
-        evaluate "$row" "$row/strong" --amp --n 1000 --attacks autoattack --audit
+        evaluate "$1" "$1/fast" --amp --attacks $fast
+        evaluate "$1" "$1/strong" --amp --n 1000 --attacks autoattack --audit
         ;;
-    speed) evaluate "$row" "$row/fast" --amp --attacks pgd-20,cw-inf ;;
+    speed) evaluate "$1" "$1/fast" --amp --attacks pgd-20,cw-inf ;;
     *)
-        evaluate "$row" "$row/fast" --attacks "$fast"
-        evaluate "$row" "$row/strong" --n 1000 --attacks square,autoattack --audit --analyze features,angles
+        evaluate "$1" "$1/fast" --attacks $fast
+        evaluate "$1" "$1/strong" --n 1000 --attacks square,autoattack --audit --analyze features,angles
         ;;
     esac
     case $2 in # what their papers report besides
     *wp)
-        evaluate "$row" "$row/table4" --n 1000 --attacks pgd-40@0.01,pgd-200@0.01,deepfool
-        evaluate "$row" "$row/table4-slow" --n 100 --attacks mta-200@0.01,cw-l2
+        evaluate "$1" "$1/table4" --n 1000 --attacks pgd-40@0.01,pgd-200@0.01,deepfool
+        evaluate "$1" "$1/table4-slow" --n 100 --attacks mta-200@0.01,cw-l2
         ;;
-    at+float32) evaluate "$row" "${row%-s*}-float32-s$seed/fast" --attacks "$fast" ;; # what bfloat16 would have missed
-    abcl) evaluate "$row" "$row/appendix" --attacks bim-20,fgsm-l2 ;;
+    at+float32) evaluate "$1" "${1%-s*}-float32-s${1##*-s}/fast" --attacks $fast ;; # what bfloat16 would have missed
+    abcl) evaluate "$1" "$1/appendix" --attacks bim-20,fgsm-l2 ;;
     esac
 }
 
-mkdir -p "$runs"
-for seed in $seeds; do
-    while read -r name kind command; do
-        [ -n "$name" ] && { [ $# = 0 ] || [[ " $* " == *" $name "* ]]; } || continue
-        row=$name-s$seed
-        (
-            flock -n 9 || exit 0 # another process is at it
-            echo "$row"
-            read -ra words <<<"$command"
-            do_row "$row" "$kind" "${words[@]}" --seed "$seed"
-        ) 9>"$runs/$row.lock"
-    done <<<"$rows"
-done
+do_rows "$@"
 
 transfer=(pgd trades-he weightpen dsphere) # from each of these to each
 for seed in $seeds; do

@@ -127,3 +127,13 @@ def test_the_committed_results_regenerate(cli, tmp_path):
     code, _, err = cli("eval_all", "--report", top / "benchmarks" / "results", "--out", tmp_path / "RESULTS.md")
     assert code == 0, err
     assert (tmp_path / "RESULTS.md").read_text() == (top / "RESULTS.md").read_text()
+
+
+def test_every_row_of_the_results_can_be_made_anew():
+    """What report.md names is a row of the script that trains it."""
+    benchmarks = Path(__file__).parent.parent / "benchmarks"
+    named = set(re.findall(r"\b(mnist|cifar10_jpeg)/([\w.-]+)", (benchmarks / "results" / "report.md").read_text()))
+    assert len(named) > 20
+    for dataset, name in named:
+        script = (benchmarks / f"{dataset.removesuffix('_jpeg')}.sh").read_text()
+        assert re.search(rf'^(rows=")?{re.escape(name.removesuffix("-float32"))} ', script, re.MULTILINE), name
