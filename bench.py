@@ -317,7 +317,7 @@ def bench_attacks(args: argparse.Namespace) -> list[dict]:
     torch.manual_seed(0)
     x = torch.rand(args.batch_size, 3, args.size, args.size, device=args.device)
     model = reference_model(args.arch, args.size, args.device).eval().to(memory_format=torch.channels_last)
-    y, rows = eval_all.predict(model, x), []
+    y, rows, rate = eval_all.predict(model, x), [], matrix_rate(args.device)
     settings = {"known": None, "norm": "linf", "eps": 1e-6, "step_size": None}
 
     def attack(name: str, amp: bool) -> None:
@@ -329,10 +329,14 @@ def bench_attacks(args: argparse.Namespace) -> list[dict]:
     for name in ATTACKS:
         steps = {"float32": lambda name=name: attack(name, False), "amp": lambda name=name: attack(name, True)}
         turns = take_turns(steps, args.device, args.rounds)
-        what = f"{name}, {QUERIES} queries" if name == "square" else name
+        with CountFlops() as counter:
+            attack(name, False)
+        what, cost = f"{name}, {QUERIES} queries" if name == "square" else name, counter.total / len(x) / 1e9
         rows.append(
             {"what": what, "img/s": len(x) * median(turns, "float32"), "x amp": median(turns, "amp", "float32")}
         )
+        share = 100 * len(x) * median(turns, "amp") * cost / rate
+        rows[-1] |= {"GFLOP/img": cost, "amp % of matrix rate": share}
         if name == "pgd-20":
             turns = [turn | {"reference": apart(reference_evaluation, args, x.cpu(), y.cpu())} for turn in turns]
             ours = {"x reference": median(turns, "float32", "reference")}

@@ -27,6 +27,7 @@ def test_every_section_runs_and_is_written(cli, tmp_path, monkeypatch):
     assert all(math.isfinite(row["img/s"]) and row["img/s"] > 0 for row in rows.values())
     pgd = next(row for row in results["attacks"] if row["what"] == "pgd-20")
     assert pgd["x reference"] > 0 and pgd["amp x reference"] > 0
+    assert pgd["GFLOP/img"] > 15 * results["attacks"][0]["GFLOP/img"] > 0  # PGD-20 over FGSM
     assert results["setting"]["arch"] == "small_cnn" and results["peak GiB"] > 0
 
 
