@@ -965,13 +965,20 @@ def check_range(name: str, x_adv: Tensor) -> None:
         raise common.UserError(f"attack {name} left [0, 1]: {low:.6g} to {high:.6g}")
 
 
+def digest(nets: list[nn.Module], *tensors: Tensor) -> "hashlib._Hash":
+    """Of the weights of these networks, and of tensors, on any device and of any dtype."""
+    found = hashlib.sha256()
+    weights = [value for net in nets for value in net.state_dict().values() if isinstance(value, Tensor)]
+    for tensor in (*weights, *tensors):
+        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found
+
+
 def identity(nets: list[nn.Module], x: Tensor, y: Tensor, settings: dict) -> str:
     """A digest of all that verdicts depend on, apart from the list of attacks: weights, images, settings."""
-    digest = hashlib.sha256(json.dumps({k: v for k, v in settings.items() if k != "command"}).encode())
-    weights = [value for net in nets for value in net.state_dict().values() if isinstance(value, Tensor)]
-    for tensor in (*weights, x, y):
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())  # any dtype, bfloat16 too
-    return digest.hexdigest()
+    found = digest(nets, x, y)
+    found.update(json.dumps({k: v for k, v in settings.items() if k != "command"}).encode())
+    return found.hexdigest()
 
 
 class Ranks:
@@ -1825,7 +1832,8 @@ def analyze(names: list[str], model: nn.Module, x: Tensor, y: Tensor, settings: 
     torch.manual_seed(settings["seed"])
     budget = {"eps": settings["eps"], "norm": settings["norm"], "step_size": 2.5 * settings["eps"] / 20, "steps": 20}
     parts = zip(x.split(settings["batch_size"]), y.split(settings["batch_size"]), strict=True)
-    x_adv = torch.cat([common.pgd(model, a, b, loss=training_ce(model, 0.0), **budget) for a, b in parts])
+    if set(names) - {"curves", "angles"}:
+        x_adv = torch.cat([common.pgd(model, a, b, loss=training_ce(model, 0.0), **budget) for a, b in parts])
     found = {}
     if "curves" in names:
         found["curves"] = robustness_curves(model, x, y, settings)
@@ -2037,7 +2045,7 @@ def row(outcome: dict) -> dict:
     }
 
 
-def report(name: str, meta: dict, outcome: dict, settings: dict) -> dict:
+def report(name: str, model: nn.Module, meta: dict, outcome: dict, settings: dict) -> dict:
     """What eval.json says of one model."""
     rows = {name: row(attack) for name, attack in outcome["attacks"].items()}
     same = [attack["right"] for attack in outcome["attacks"].values() if attack["norm"] == settings["norm"]]
@@ -2046,6 +2054,7 @@ def report(name: str, meta: dict, outcome: dict, settings: dict) -> dict:
     if "history" in meta:
         seconds = meta["args"]["epochs"] * statistics.fmean(row["seconds"] for row in meta["history"])
         kept |= {"training_seconds": seconds, "training_hardware": meta.get("hardware")}
+    kept |= {"weights": digest([model]).hexdigest()[:16], "hardware": common.hardware(settings["device"])}
     return {"model": name, **settings, **kept, "attacks": rows}
 
 
@@ -2185,10 +2194,10 @@ def plot_results(results: list[dict], path: Path) -> None:
         for place, value, high in zip(places, accuracy, error[1], strict=True):
             axis.text(value + high + 1, place, f"{value:.1f}", va="center", fontsize=8)
     axis.set(yticks=range(len(attacks)), yticklabels=attacks, xlim=(0, 110), ylim=(len(attacks) - 0.5, -0.5))
-    first = results[0]
-    n = first["attacks"]["clean"]["n"]
+    first, counts = results[0], {row["n"] for result in results for row in result["attacks"].values()}
+    n = f"n = {counts.pop()}, " if len(counts) == 1 else ""
     axis.set_xlabel(
-        f"accuracy (%), 95 % interval; {first['dataset']}, n = {n}, {NORMS[first['norm']]} eps {first['eps']:.3g}"
+        f"accuracy (%), 95 % interval; {first['dataset']}, {n}{NORMS[first['norm']]} eps {first['eps']:.3g}"
     )
     if len(results) > 1:
         figure.legend(loc="outside upper center", ncols=2, fontsize=8)
@@ -2200,19 +2209,20 @@ def plot_results(results: list[dict], path: Path) -> None:
 # --report DIR fills in the text DIR/report.md from the eval.json and verdicts.npz of all models in DIR. The folder of a
 # model is NAME-sSEED; all evaluations in it count, each attack on the most images it was made on. The text may say
 #
-#     {NAME on ATTACK}                 accuracy and interval
+#     {NAME on ATTACK}                 accuracy and interval; ATTACK + ATTACK is the worst case over both
 #     {NAME vs OTHER on ATTACK}        both, and whether McNemar's test tells them apart, image by image
-#     {runs}                           how each model was trained and evaluated
+#     {NAME on audit}, {NAME on angles}, and {runs}: how each model was trained and evaluated
 #     ```table ATTACK, ATTACK, ...     then a line a row: label | NAME | the paper's figures, in the columns' order
 #     ```bars FILE.png ATTACK, ...     the same rows as a bar chart
 #     ```lines FILE.png ATTACK; AXIS   then a line a row: label | a NAME for each value | these values, along AXIS
 #     ```grid FILE.png ATTACK; AXIS    the same rows as a grid of cells
 #
-# ATTACK may be `worst case`, over all attacks in the ball on the images that all of them saw; a table's also `audit`.
-# Of several seeds the mean is given, and the interval from the lowest end of theirs to the highest.
+# A column of a table may also be `audit`, or `worst case`: over the attacks of that table in the evaluation's ball, on
+# the images that all of them saw. Of several seeds the mean is given, and the interval from the lowest end of theirs to
+# the highest.
 
 Verdicts = tuple[np.ndarray, np.ndarray]  # index in the test set, ascending, and whether it is still right
-WORST = "worst case"
+WORST, AUDIT = "worst case", "audit"
 
 
 def on_common_images(verdicts: list[Verdicts]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -2225,7 +2235,7 @@ class Evaluated:
     """A trained model and its evaluations: `facts` of eval.json, and for each attack its row and its verdicts."""
 
     def __init__(self) -> None:
-        self.facts: dict = {"audit": [], "seconds": 0.0}
+        self.facts: dict = {"audit": [], "analyses": {}, "seconds": 0.0}
         self.rows: dict[str, dict] = {}
         self.verdicts: dict[str, Verdicts] = {}
 
@@ -2237,20 +2247,27 @@ class Evaluated:
                 found = {name: (arrays["index"], arrays[name]) for name in result["attacks"] if name != WORST}
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise common.UserError(f"{path}: not the evaluation of one model ({error})") from None
+        for fact in ("dataset", "norm", "eps", "weights"):
+            if result.get(fact) != self.facts.setdefault(fact, result.get(fact)):
+                raise common.UserError(f"{path}: its {fact} is not that of the same model's other evaluations")
         rows, seconds = result["attacks"], sum(row.get("seconds", 0.0) for row in result["attacks"].values())
-        self.facts |= result | {"seconds": self.facts["seconds"] + seconds}
+        analyses = self.facts["analyses"] | result.get("analyses", {})
+        self.facts |= result | {"seconds": self.facts["seconds"] + seconds, "analyses": analyses}
         for name, verdicts in found.items():
             if name not in self.rows or rows[name]["n"] > self.rows[name]["n"]:
                 self.rows[name], self.verdicts[name] = rows[name], verdicts
 
-    def under(self, attack: str) -> Verdicts | None:
-        """The verdicts of one attack or of the worst case; None where there are none."""
-        if attack != WORST:
-            return self.verdicts.get(attack)
-        ball = self.facts["norm"], self.facts["eps"]
-        inside = [self.verdicts[name] for name, row in self.rows.items() if (row["norm"], row["eps"]) == ball]
-        index, rights = on_common_images(inside)
+    def under(self, attacks: str) -> Verdicts | None:
+        """The verdicts of an attack or, `A + B`, the worst case over several; None where one was not made."""
+        names = attacks.split(" + ")
+        if not self.verdicts.keys() >= set(names):
+            return None
+        index, rights = on_common_images([self.verdicts[name] for name in names])
         return index, np.all(rights, axis=0)
+
+    def in_the_ball(self, attack: str) -> bool:
+        row = self.rows.get(attack, {})
+        return (row.get("norm"), row.get("eps")) == (self.facts["norm"], self.facts["eps"])
 
 
 Seeds = dict[int, Evaluated]
@@ -2262,9 +2279,10 @@ def read_evaluations(folders: list[Path]) -> Evaluations:
     found: Evaluations = {}
     for folder in folders:
         for path in sorted(folder.rglob("eval.json")):
-            home = next((parent for parent in path.parents if re.search(r"-s\d+$", parent.name)), None)
-            if home is None or not home.is_relative_to(folder):
-                raise common.UserError(f"{path}: is in no folder NAME-sSEED")
+            inside = [parent for parent in path.parents if folder in parent.parents]
+            home = next((parent for parent in inside if re.search(r"-s\d+$", parent.name)), None)
+            if home is None:
+                raise common.UserError(f"{path}: is in no folder NAME-sSEED of {folder}")
             name, _, seed = home.relative_to(folder).as_posix().rpartition("-s")
             found.setdefault(name, {}).setdefault(int(seed), Evaluated()).take_in(path)
     if not found:
@@ -2272,46 +2290,68 @@ def read_evaluations(folders: list[Path]) -> Evaluations:
     return found
 
 
+def complete(seeds: Seeds, columns: list[str]) -> Seeds:
+    """The seeds that were attacked in every way of `columns` that any of them was."""
+    made = {column for column in columns for model in seeds.values() if column in model.rows}
+    return {seed: model for seed, model in seeds.items() if made and made <= model.rows.keys()}
+
+
 def over_seeds(seeds: Seeds, attack: str) -> dict | None:
-    """accuracy, its low and high end in %, and n; None where no seed was attacked so."""
+    """accuracy, its low and high end in %, and n; None where not all seeds were attacked so."""
     verdicts = [model.under(attack) for model in seeds.values()]
-    rows = [accuracy_of(torch.from_numpy(found[1])) for found in verdicts if found]
-    if not rows:
+    if not verdicts or None in verdicts:
         return None
+    rows = [accuracy_of(torch.from_numpy(right)) for _, right in verdicts]
     ends = {"low": min(row["low"] for row in rows), "high": max(row["high"] for row in rows)}
     return ends | {"accuracy": statistics.fmean(row["accuracy"] for row in rows), "n": min(row["n"] for row in rows)}
 
 
 def audit_verdict(seeds: Seeds) -> str:
-    failed = [sum(not check["passed"] for check in m.facts["audit"]) for m in seeds.values() if m.facts["audit"]]
-    return "not made" if not failed else f"FAILS {' and '.join(map(str, failed))}" if any(failed) else "passes"
+    audits = [model.facts["audit"] for model in seeds.values() if model.facts["audit"]]
+    failed = [sum(not check["passed"] for check in checks) for checks in audits]
+    if not any(failed):
+        return "passes" if failed else "not made"
+    return f"fails {' and '.join(map(str, failed))} of {len(audits[0])}"
 
 
-def cell(seeds: Seeds, column: str, paper: str) -> str:
-    row = None if column == "audit" else over_seeds(seeds, column)
-    ours = audit_verdict(seeds) if column == "audit" else ""
-    if row:
-        reach = max(row["high"] - row["accuracy"], row["accuracy"] - row["low"])
-        ours = f"{row['accuracy']:.2f} ± {reach:.2f}"
-    return f"{ours} <sub>{paper}</sub>".strip() if paper else ours
+def table_row(seeds: Seeds, columns: list[str]) -> list[str | dict | None]:
+    """Of each column the figures over the seeds; of the audit its words."""
+    first = next(iter(seeds.values()))
+    worst = " + ".join(column for column in columns if first.in_the_ball(column))
+    return [
+        audit_verdict(seeds) if column == AUDIT else over_seeds(seeds, worst if column == WORST else column)
+        for column in columns
+    ]
 
 
-def report_table(columns: list[str], rows: list[list[str]], found: Evaluations) -> str:
+def cell(ours: str | dict | None, paper: str) -> str:
+    if isinstance(ours, dict):
+        reach = max(ours["high"] - ours["accuracy"], ours["accuracy"] - ours["low"])
+        ours = f"{ours['accuracy']:.2f} ± {reach:.2f}"
+    return f"{ours or ''} {f'<sub>{paper}</sub>' if paper not in ('', '-') else ''}".strip()
+
+
+def draw_table(about: str, rows: list[list[str]], found: Evaluations) -> str:
     """A table in Markdown: rows are label, NAME and the paper's figures, - where it has none."""
-    known = [(label, name, papers) for label, name, *papers in rows if name in found]
-    for _, name, *_ in rows:
-        if name not in found:
+    columns, lines, counts = re.split(r",\s*", about), [], {}
+    for label, name, *papers in rows:
+        seeds = complete(found.get(name, {}), columns)
+        if not seeds:
             print(f"--report: no evaluation of {name}, left out", file=sys.stderr)
-    heads = []
+            continue
+        ours, papers = table_row(seeds, columns), re.split(r",\s*", papers[0]) if papers else []
+        for column, figures in zip(columns, ours, strict=True):
+            counts.setdefault(column, set()).update({figures["n"]} if isinstance(figures, dict) else ())
+        if len(papers) > len(columns):
+            raise ValueError(f"{label} has more figures of the paper than columns")
+        cells = map(cell, ours, papers + [""] * (len(columns) - len(papers)))
+        lines.append([f"{label} `{Path(name).name}`", str(len(seeds)), *cells])
     for column in columns:
-        counts = {row["n"] for _, name, _ in known if (row := column != "audit" and over_seeds(found[name], column))}
-        heads.append(f"{column}<br>n = {' / '.join(f'{n:,}' for n in sorted(counts))}" if counts else column)
-    lines = [["", *heads], ["---"] * (1 + len(heads))]
-    for label, name, papers in known:
-        values = re.split(r",\s*", papers[0]) if papers else []
-        values = [value.replace("-", "") for value in values] + [""] * (len(columns) - len(values))
-        cells = [cell(found[name], column, value) for column, value in zip(columns, values, strict=True)]
-        lines.append([f"{label} `{Path(name).name}`", *cells])
+        if not counts.get(column) and column != AUDIT:
+            raise ValueError(f"no row was evaluated under {column}")
+    sizes = {column: " / ".join(f"{n:,}" for n in sorted(counts[column])) for column in columns if counts.get(column)}
+    heads = [f"{column}<br>n = {sizes[column]}" if column in sizes else column for column in columns]
+    lines = [["", "seeds", *heads], ["---"] * (2 + len(columns)), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -2319,19 +2359,23 @@ def draw_bars(path: Path, about: str, rows: list[list[str]], found: Evaluations)
     """The accuracies of a table's rows, where all of them are known."""
     columns, results = re.split(r",\s*", about), []
     for label, name, *_ in rows:
-        bars = {column: over_seeds(found.get(name, {}), column) for column in columns}
-        if all(bars.values()):
-            facts = next(iter(found[name].values())).facts
+        seeds = complete(found.get(name, {}), columns)
+        figures = {column: over_seeds(seeds, column) for column in columns}
+        if all(figures.values()):
+            facts = next(iter(seeds.values())).facts
+            bars = {f"{column}, n = {row['n']:,}": row for column, row in figures.items()}
             results.append({key: facts[key] for key in ("dataset", "norm", "eps")} | {"model": label, "attacks": bars})
+        else:
+            print(f"--report: no evaluation of {name} under all of {about}: it has no bars", file=sys.stderr)
     plot_results(results, path)
 
 
 def series(names: str, attack: str, found: Evaluations) -> list[dict]:
     """The figures of several NAMEs, separated by commas, under one attack."""
-    wanted = re.split(r",\s*", names)
-    if missing := [name for name in wanted if over_seeds(found.get(name, {}), attack) is None]:
-        raise common.UserError(f"report.md: there is no evaluation of {', '.join(missing)} under {attack}")
-    return [over_seeds(found[name], attack) for name in wanted]
+    figures = {name: over_seeds(complete(found.get(name, {}), [attack]), attack) for name in re.split(r",\s*", names)}
+    if missing := [name for name, row in figures.items() if row is None]:
+        raise ValueError(f"there is no evaluation of {', '.join(missing)} under {attack}")
+    return [figures[name] for name in re.split(r",\s*", names)]
 
 
 def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
@@ -2371,43 +2415,44 @@ def draw_grid(path: Path, about: str, rows: list[list[str]], found: Evaluations)
 
 def one_figure(found: Evaluations, name: str, attack: str) -> str:
     seeds = found.get(name, {})
-    if attack == "audit" and seeds:
+    if attack == AUDIT and seeds:
         return audit_verdict(seeds)
-    measured = [model.facts["analyses"]["angles"] for model in seeds.values() if "analyses" in model.facts]
+    measured = [angles for model in seeds.values() if (angles := model.facts["analyses"].get("angles"))]
     if attack == "angles" and measured:
         return describe_angles({key: statistics.fmean(one[key] for one in measured) for key in measured[0]})
-    if row := over_seeds(seeds, attack):
+    if row := over_seeds(complete(seeds, attack.split(" + ")), attack):
         return f"{row['accuracy']:.2f} ({interval(row)})"
     raise common.UserError(f"report.md: there is no evaluation of {name} under {attack}")
 
 
 def compared(found: Evaluations, name: str, other: str, attack: str) -> str:
-    """Both accuracies on the images that both saw, and a difference where the test finds it for every seed."""
-    figures, seeds = [], sorted(found.get(name, {}).keys() & found.get(other, {}).keys())
-    for seed in seeds:
-        both = [found[one][seed].under(attack) for one in (name, other)]
-        if None not in both:
+    """Both accuracies on the images that both saw. More or less is said where the test finds a difference for every
+    seed, and the worst seed of the one is better than the best of the other."""
+    pairs = {}
+    for seed in sorted(found.get(name, {}).keys() & found.get(other, {}).keys()):
+        models = [found[one][seed] for one in (name, other)]
+        both = [model.under(attack) for model in models]
+        if None not in both and models[0].facts["dataset"] == models[1].facts["dataset"]:
             a, b = (torch.from_numpy(right) for right in on_common_images(both)[1])
             p = min(1.0, 2 * min(chance(a, b), chance(b, a)))
-            figures.append((100 * float(a.float().mean()), 100 * float(b.float().mean()), p, len(a)))
-    if not figures:
+            pairs[seed] = 100 * float(a.double().mean()), 100 * float(b.double().mean()), p, len(a)
+    if not pairs:
         raise common.UserError(f"report.md: no seed of {name} and {other} has verdicts under {attack}")
-    ours, others = (statistics.fmean(figure[i] for figure in figures) for i in (0, 1))
-    signs = {figure[0] > figure[1] for figure in figures}
-    sure = len(signs) == 1 and all(figure[2] < 0.05 for figure in figures)
-    verdict = ("more" if ours > others else "less") if sure else "no difference"
-    ps = ", ".join("< 0.001" if p < 0.001 else f"{p:.2g}" for _, _, p, _ in figures)
-    which = f"n = {figures[0][3]:,}, seed{'s' * (len(figures) > 1)} {', '.join(map(str, seeds))}"
-    return f"{ours:.2f} against {others:.2f} ({verdict}: p {ps}; {which})"
+    ours, others, ps, counts = zip(*pairs.values(), strict=True)
+    word = "more" if min(ours) > max(others) else "less" if max(ours) < min(others) else "no difference"
+    verdict = word if max(ps) < 0.05 else "no difference"
+    told = ", ".join("< 0.001" if p < 0.001 else f"{p:.2g}" for p in ps)
+    which = f"n = {min(counts):,}, seed{'s' * (len(pairs) > 1)} {', '.join(map(str, pairs))}"
+    return f"{statistics.fmean(ours):.2f} against {statistics.fmean(others):.2f} ({verdict}: p {told}; {which})"
 
 
 def runs_table(found: Evaluations) -> str:
-    """How each model was trained, how long that and its evaluation took, in minutes, the mean over seeds, and where."""
-    lines = ["| run | seeds | network | epochs, images | training | evaluation | hardware |", "| --- " * 7 + "|"]
+    """How each model was trained, how long that and its attacks took, in minutes, the mean over seeds, and where."""
+    lines = ["| run | seeds | network | epochs, images | training | attacks | hardware |", "| --- " * 7 + "|"]
     for name, seeds in found.items():
         facts = [model.facts for model in seeds.values()]
         args, times = facts[0].get("args", {}), ("training_seconds", "seconds")
-        minutes = [f"{statistics.fmean(fact.get(key, math.nan) for fact in facts) / 60:.0f}" for key in times]
+        minutes = [f"{statistics.fmean(fact.get(key, math.nan) for fact in facts) / 60:.1f}" for key in times]
         size = f"{args.get('epochs', '?')}, {args.get('limit') or 'all'}"
         places = dict.fromkeys(str(fact.get(key)) for fact in facts for key in ("training_hardware", "hardware"))
         cells = [f"`{name}`", ", ".join(map(str, seeds)), args.get("arch", "?"), size, *minutes, "; ".join(places)]
@@ -2421,12 +2466,14 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
     def block(match: re.Match) -> str:
         kind, first, *lines = match[1], *match[2].strip().splitlines()
         rows = [[part.strip() for part in line.split("|")] for line in lines]
-        if kind == "table":
-            return report_table(re.split(r",\s*", first), rows, found)
         name, _, about = first.partition(" ")
-        path = out.parent / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        {"bars": draw_bars, "lines": draw_lines, "grid": draw_grid}[kind](path, about, rows, found)
+        try:
+            if kind == "table":
+                return draw_table(first, rows, found)
+            (out.parent / name).parent.mkdir(parents=True, exist_ok=True)
+            {"bars": draw_bars, "lines": draw_lines, "grid": draw_grid}[kind](out.parent / name, about, rows, found)
+        except (ValueError, IndexError, OSError) as error:
+            raise common.UserError(f"report.md: {kind} {first}: {error}") from None
         return f"![{about}]({name})"
 
     text = re.sub(r"^```(table|bars|lines|grid) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
@@ -2526,7 +2573,6 @@ def evaluation_settings(args: argparse.Namespace, data: common.Data, argv: list[
         "amp": args.amp,
         "device": args.device,
         "torch": str(torch.__version__),
-        "hardware": common.hardware(args.device),
         "command": shlex.join(["python", "eval_all.py", *argv]),
     }
 
@@ -2610,16 +2656,16 @@ def main(argv: list[str] | None = None) -> None:
         nets = [model, *(source for _, source, _ in sources)]
         journal = Journal(folder / "unfinished.pt", identity(nets, x, y, settings), ranks)
         outcome = evaluate(model, attacks, x, y, settings, journal)
-        results.append(report(name, meta, outcome, settings))
+        results.append(report(name, model, meta, outcome, settings))
         if first:
             write_verdicts(folder, index, y, outcome)
             write_results(folder, results[-1:])  # before what may yet fail
-            journal.close()
         if args.audit:
             results[-1]["audit"] = audit(model, x, y, settings, ranks)
         if first:
             results[-1] |= look_closer(args, model, meta, x, y, settings, folder)
             write_results(folder, results[-1:])
+            journal.close()
             print_report(results[-1])
             print_audit(results[-1].get("audit", []))
     if first:

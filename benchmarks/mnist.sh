@@ -9,7 +9,8 @@ source "$(dirname "$0")/rows.sh"
 short="--limit 20000 --epochs 6"
 robust="$short --eps-warmup 2"
 fast=fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf,pgd-100@0.01
-rows="pgd                at+wp      train_pgd_he.py --head linear $robust
+rows="
+pgd                at+wp      train_pgd_he.py --head linear $robust
 pgd-he             at+float32 train_pgd_he.py $robust
 angular            at         train_angular_at.py $robust
 trades             at         train_trades_he.py --head linear $robust
@@ -77,11 +78,19 @@ evaluations() { # row, kind
 
 do_rows "$@"
 
-transfer=(pgd trades-he weightpen dsphere) # from each of these to each
-for seed in $seeds; do
-    sources=("${transfer[@]/%/-s$seed}")
-    [ "$(cd "$runs" && ls -d "${sources[@]/%//trained}" 2>/dev/null | wc -l)" = 4 ] && [ $# = 0 ] || continue
+# From each of four models to each, and pictures of features, when all rows are done.
+transfer() { # seed
+    flock -n 9 || return 0
+    local row sources=("pgd-s$1" "trades-he-s$1" "weightpen-s$1" "dsphere-s$1")
     for row in "${sources[@]}"; do
         evaluate "$row" "$row/transfer" --n 1000 --attacks clean --source "${sources[@]/#/$runs/}"
     done
-done
+    for row in weightpen weightpen-relu abcl abcl-cosface abcl-sce; do
+        cp "$runs/evaluations/$row-s$1/strong/features.png" "figures/features-$row.png"
+    done
+}
+if [ $# = 0 ]; then
+    for seed in $seeds; do
+        (transfer "$seed") 9>"$runs/transfer-s$seed.lock"
+    done
+fi

@@ -1,6 +1,7 @@
 # What mnist.sh, cifar10.sh and digits.sh share. They set `dataset`, `rows` (a line each: NAME KIND SCRIPT FLAGS) and a
 # function `evaluations ROW KIND`. Each row is trained, evaluated, and its eval.json and verdicts.npz kept in
-# benchmarks/results/DATASET/NAME-sSEED. What is done is skipped, what was interrupted goes on.
+# benchmarks/results/DATASET/NAME-sSEED. What is done is skipped, what was interrupted goes on; a row whose results are to
+# be made anew is a folder to delete, there and in RUNS.
 #
 # Every process takes the next row that no other one is at: on a CPU start one a core. From the environment:
 #     SEEDS="0 1"  RUNS=runs/DATASET, for checkpoints  DATA=data, for the dataset's file  PYTHON=python
@@ -8,34 +9,50 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # processes that share the cores would wait for each other's threads
 python=${PYTHON:-python} runs=${RUNS:-runs/$dataset} data=${DATA:-data} seeds=${SEEDS:-0 1}
+results=benchmarks/results/$dataset
+command -v flock >/dev/null || { echo "flock is needed (util-linux)" >&2; exit 2; }
 
-evaluate() { # row, where to in benchmarks/results/DATASET, flags of eval_all.py
-    local kept=benchmarks/results/$dataset/$2 out=$runs/evaluations/$2
-    [ -e "$kept/eval.json" ] && return
-    mkdir -p "$out"
+evaluate() { # row, where to in the results, flags of eval_all.py
+    local out=$runs/evaluations/$2
+    [ -e "$results/$2/eval.json" ] && return
+    mkdir -p "$out" "$results/$2"
     "$python" eval_all.py "$runs/$1" --data-dir "$data" --out "$out" "${@:3}" >"$out/log"
-    mkdir -p "$kept"
-    cp "$out/verdicts.npz" "$out/eval.json" "$kept"
+    cp "$out/verdicts.npz" "$results/$2"
+    cp "$out/eval.json" "$results/$2/partial"
+    mv "$results/$2/partial" "$results/$2/eval.json" # last, and at once: it says that all is there
 }
 
 train() { # row, script and flags
-    [ -e "$runs/$1/trained" ] && return
+    local made=$runs/$1/made_by
+    [ -e "$made" ] && [ "$(cat "$made")" != "${*:2}" ] && { echo "$runs/$1 was made by: $(cat "$made")" >&2; return 2; }
+    [ -e "$made" ] && return
     "$python" "${@:2}" --dataset "$dataset" --data-dir "$data" --out "$runs/$1" --resume >"$runs/$1.log"
-    touch "$runs/$1/trained"
+    echo "${*:2}" >"$made"
+}
+
+do_row() { # row, kind, script and flags
+    flock -n 9 || return 0 # another process is at it
+    echo "$1"
+    [ -d "$results/$1" ] && [ ! -d "$runs/$1" ] && return # of another machine
+    train "$1" "${@:3}"
+    evaluations "$1" "$2"
 }
 
 do_rows() { # names of rows; none means all
+    local failed=0 wanted
+    for wanted in "$@"; do
+        grep -q "^$wanted " <<<"$rows" || { echo "no row $wanted" >&2; exit 2; }
+    done
     mkdir -p "$runs"
     for seed in $seeds; do
-        while read -r name kind command; do
+        while read -r -u 8 name kind command; do
             [ -n "$name" ] && { [ $# = 0 ] || [[ " $* " == *" $name "* ]]; } || continue
-            (
-                flock -n 9 || exit 0 # another process is at it
-                echo "$name-s$seed"
-                read -ra words <<<"$command"
-                train "$name-s$seed" "${words[@]}" --seed "$seed"
-                evaluations "$name-s$seed" "$kind"
-            ) 9>"$runs/$name-s$seed.lock"
-        done <<<"$rows"
+            read -ra words <<<"$command"
+            set +e # a row that fails must not keep the next ones from being made
+            (set -e; do_row "$name-s$seed" "$kind" "${words[@]}" --seed "$seed") 9>"$runs/$name-s$seed.lock"
+            [ $? = 0 ] || failed=1
+            set -e
+        done 8<<<"$rows"
     done
+    return $failed
 }

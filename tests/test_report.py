@@ -11,12 +11,13 @@ import torch
 import eval_all
 
 REPORT = """# Title
-```table clean, pgd-20, worst case, audit
-One | toy/one | 90.1, -, 50
+```table clean, pgd-20, square, worst case, audit
+One | toy/one | 90.1, -, 0.5-0.6, 50
 Two | toy/two
 Never run | toy/three | 1, 2
 ```
-It stands {toy/one on pgd-20}, {toy/one vs toy/two on pgd-20}, {toy/one vs toy/one on clean}.
+It stands {toy/one on pgd-20}, {toy/one on pgd-20 + square},
+{toy/one vs toy/two on pgd-20}, {toy/one vs toy/one on clean}.
 Its audit {toy/one on audit}; {toy/one on angles}.
 ```bars figures/bars.png clean, pgd-20
 One | toy/one
@@ -74,40 +75,64 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     assert code == 0 and "toy/three, left out" in err, err
     text = (tmp_path / "R.md").read_text()
     low, high = eval_all.wilson(60, 100)[0], eval_all.wilson(70, 100)[1]
-    reach = max(65 - low, high - 65)
     # On images 10, 40, 65 and 99 all attacks: the first alone stands for seed 0, the first and third for seed 1.
-    worst = (25 + 50) / 2
-    assert (
-        f"| One `one` | 95.00 ± {95 - eval_all.wilson(95, 100)[0]:.2f} <sub>90.1</sub> | 65.00 ± {reach:.2f} |" in text
-    )
-    assert re.search(rf"\| {worst:.2f} ± \d+\.\d\d <sub>50</sub> \| FAILS 0 and 1 \|", text), text
-    assert "| Two `two` | 95.00 ± " in text and "| not made |" in text and "Never run" not in text
-    assert f"It stands 65.00 ({low:.2f} - {high:.2f}), 60.00 against 40.00 (more: p < 0.001; n = 100, seed 0)," in text
+    worst = f"37.50 ± {max(37.5 - eval_all.wilson(1, 4)[0], eval_all.wilson(2, 4)[1] - 37.5):.2f}"
+    clean, pgd = f"95.00 ± {95 - eval_all.wilson(95, 100)[0]:.2f}", f"65.00 ± {max(65 - low, high - 65):.2f}"
+    square = f"50.00 ± {50 - eval_all.wilson(2, 4)[0]:.2f} <sub>0.5-0.6</sub>"
+    row = f"| One `one` | 2 | {clean} <sub>90.1</sub> | {pgd} | {square} | {worst} <sub>50</sub> | fails 0 and 1 of 1 |"
+    assert row in text, text
+    two = f"40.00 ± {eval_all.wilson(40, 100)[1] - 40:.2f}"
+    assert f"| Two `two` | 1 | {clean} | {two} |  | {two} | not made |" in text and "Never run" not in text
+    assert f"It stands 65.00 ({low:.2f} - {high:.2f}), 37.50 (" in text
+    assert "60.00 against 40.00 (more: p < 0.001; n = 100, seed 0), " in text
     assert "95.00 against 95.00 (no difference: p 1, 1; n = 100, seeds 0, 1)" in text
-    assert "audit FAILS 0 and 1; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
-    assert "| `toy/one` | 0, 1 | net | 3, all | 10 | 4 | slide rule; abacus |" in text
+    assert "audit fails 0 and 1 of 1; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
+    assert "| `toy/one` | 0, 1 | net | 3, all | 10.0 | 4.0 | slide rule; abacus |" in text
+    assert "worst case<br>n = 4 / 100 |" in text
     for about, name in (("clean, pgd-20", "bars"), ("pgd-20; steps", "lines"), ("clean; margin", "grid")):
         assert f"![{about}](figures/{name}.png)" in text and (tmp_path / f"figures/{name}.png").stat().st_size > 5000
-    assert "worst case<br>n = 4 / 100" in text
     cli("eval_all", "--report", results, "--out", tmp_path / "again.md")
     assert (tmp_path / "again.md").read_text() == text
 
 
-def test_a_difference_is_one_that_mcnemars_test_finds():
+def test_a_difference_is_one_that_mcnemars_test_finds_and_that_seeds_do_not_turn():
     """12 images gained and 3 lost: p = 2 * P(at least 12 of 15 heads) = 0.035; 10 and 3: 0.092."""
-    for gained, p, verdict in ((12, "0.035", "more"), (10, "0.092", "no difference")):
+    for gained, p, verdict in ((10, "0.092", "no difference"), (12, "0.035", "more")):
         found = {"a": {0: eval_all.Evaluated()}, "b": {0: eval_all.Evaluated()}}
         b = np.arange(100) >= gained
-        found["a"][0].verdicts["pgd"] = (np.arange(100), np.arange(100) < 97)
-        found["b"][0].verdicts["pgd"] = (np.arange(100), b)
+        for name, right in (("a", np.arange(100) < 97), ("b", b)):
+            found[name][0].facts["dataset"] = "toy"
+            found[name][0].verdicts["pgd"] = (np.arange(100), right)
         assert f"({verdict}: p {p}; n = 100" in eval_all.compared(found, "a", "b", "pgd")
+    for name, right in (("a", first(70, 100)), ("b", first(50, 100))):  # seed 1 of a is below seed 0 of b
+        found[name][1] = eval_all.Evaluated()
+        found[name][1].facts["dataset"] = "toy"
+        found[name][1].verdicts["pgd"] = (np.arange(100), right)
+    assert "no difference: p 0.035, < 0.001" in eval_all.compared(found, "a", "b", "pgd")
+
+
+def test_a_seed_that_lacks_an_attack_is_left_out(results):
+    (results / "toy/one-s1/strong/eval.json").unlink()
+    seeds = eval_all.complete(eval_all.read_evaluations([results])["toy/one"], ["clean", "pgd-20", "square"])
+    assert list(seeds) == [0]
+
+
+def says(text):
+    return lambda path: (path / "report.md").write_text(text)
 
 
 @pytest.mark.parametrize("break_it, complaint", [
     (lambda path: (path / "report.md").unlink(), "there is no"),
-    (lambda path: (path / "report.md").write_text("{toy/one on magic}"), "no evaluation of toy/one under magic"),
-    (lambda path: (path / "report.md").write_text("{toy/one vs toy/none on clean}"), "no seed of toy/one and toy/none"),
-    (lambda path: (path / "report.md").write_text("```grid a clean; m\na | toy/no | 1\n```"), "evaluation of toy/no"),
+    (says("{toy/one on magic}"), "no evaluation of toy/one under magic"),
+    (says("{toy/one vs toy/none on clean}"), "no seed of toy/one and toy/none"),
+    (says("```grid a clean; m\na | toy/no | 1\n```"), "evaluation of toy/no"),
+    (says("```table clean\na | toy/one | 1, 2\n```"), "more figures of the paper"),
+    (says("```table magic\na | toy/one\n```"), "no row was evaluated under magic"),
+    (says("```table clean\n\n\na | toy/one\n\na\n```"), "table clean: "),
+    (says("```bars a.png clean\na | toy/no\n```"), "bars a.png clean: "),
+    (says("```lines a.png clean; x\na | toy/one\n```"), "lines a.png clean; x: "),
+    (lambda path: write_evaluation(path / "toy/two-s0/l2", {"clean": first(9, 10)}, norm="l2"), "its norm is not that"),
+    (lambda path: write_evaluation(path / "toy/two-s0/x", {"clean": first(9, 10)}, weights="ab"), "its weights is not"),
     (lambda path: (path / "toy/two-s0/eval.json").write_text("{"), "not the evaluation of one model"),
     (lambda path: (path / "toy/two-s0/verdicts.npz").write_bytes(b"PK"), "not the evaluation of one model"),
     (lambda path: (path / "toy/two-s0").rename(path / "toy/two"), "is in no folder NAME-sSEED"),
