@@ -11,10 +11,11 @@
 
 The reference, the 1 in every ratio of the first two, is a PGD-10 training step as the papers' public code has it:
 float32, NCHW, images from a DataLoader with two workers and torchvision transforms, an attack whose backward pass also
-computes the gradients of the weights, the loss fetched in every step. For attacks it is PGD-20 so written. Images and
-labels are random: speed alone is measured. GFLOP are counted (torch.utils.flop_counter) and set against the rate of a
-large matrix product in bfloat16, or in float32 where the device has no bfloat16 units. Prints tables and writes
-bench.json. The machine should have nothing else to do.
+computes the gradients of the weights, the loss fetched in every step. For attacks it is PGD-20 so written, timed right
+after ours. Images and labels are random: speed alone is measured. GFLOP are counted (torch.utils.flop_counter) and set
+against the rate of a large matrix product in bfloat16, or in float32 where the device has no bfloat16 units. Peak
+memory is, on a CPU, the process's up to then. Prints tables and writes bench.json. The machine should have nothing else
+to do.
 """
 
 import argparse
