@@ -35,6 +35,8 @@ dsphere-anneal     nat        train_dsphere.py --loss annealing $short
 dsphere-wm-trunc   nat        train_dsphere.py --loss wm --correlation truncated $short
 bfloat16           speed      train_pgd_he.py --limit 8000 --epochs 8 --eps-warmup 3 --amp
 float32            speed      train_pgd_he.py --limit 8000 --epochs 8 --eps-warmup 3 --no-amp
+cnn-plane          plane      train_dsphere.py --correlation inner --feature-dim 2 $short
+dsphere-plane      plane      train_dsphere.py --loss wm --feature-dim 2 $short
 mart               at+wp      train_mart.py $robust
 mmc-at             at         train_mmc.py --adversarial $robust
 alp                at         train_alp_he.py --head linear $robust
@@ -61,6 +63,7 @@ evaluations() { # row, kind
         evaluate "$1" "$1/strong" --amp --n 1000 --attacks autoattack --audit
         ;;
     speed) evaluate "$1" "$1/fast" --amp --attacks pgd-20,cw-inf ;;
+    plane) evaluate "$1" "$1/fast" --n 2000 --attacks fgsm --analyze features ;;
     *)
         evaluate "$1" "$1/fast" --attacks $fast
         evaluate "$1" "$1/strong" --n 1000 --attacks square,autoattack --audit --analyze features,angles
@@ -71,7 +74,10 @@ evaluations() { # row, kind
         evaluate "$1" "$1/table4" --n 1000 --attacks pgd-40@0.01,pgd-200@0.01,deepfool
         evaluate "$1" "$1/table4-slow" --n 100 --attacks mta-200@0.01,cw-l2
         ;;
-    at+float32) evaluate "$1" "${1%-s*}-float32-s${1##*-s}/fast" --attacks $fast ;; # what bfloat16 would have missed
+    at+float32)
+        evaluate "$1" "${1%-s*}-float32-s${1##*-s}/fast" --attacks $fast # what bfloat16 would have missed
+        evaluate "$1" "$1/curves" --n 500 --attacks clean --analyze curves
+        ;;
     abcl) evaluate "$1" "$1/appendix" --attacks bim-20,fgsm-l2 ;;
     esac
 }
@@ -85,9 +91,10 @@ transfer() { # seed
     for row in "${sources[@]}"; do
         evaluate "$row" "$row/transfer" --n 1000 --attacks clean --source "${sources[@]/#/$runs/}"
     done
-    for row in weightpen weightpen-relu abcl abcl-cosface abcl-sce; do
-        cp "$runs/evaluations/$row-s$1/strong/features.png" "figures/features-$row.png"
+    for row in weightpen weightpen-relu abcl abcl-cosface abcl-sce cnn-plane dsphere-plane; do
+        cp "$(ls "$runs/evaluations/$row-s$1"/*/features.png)" "figures/features-$row.png"
     done
+    cp "$runs/evaluations/pgd-he-s$1/curves/curves.png" figures/curves.png
 }
 if [ $# = 0 ]; then
     for seed in $seeds; do
