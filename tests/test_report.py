@@ -16,6 +16,9 @@ One | toy/one | 90.1, -, 0.5-0.6, 50
 Two | toy/two
 Never run | toy/three | 1, 2
 ```
+```table clean
+Never run | toy/three
+```
 It stands {toy/one on pgd-20}, {toy/one on pgd-20 + square},
 {toy/one vs toy/two on pgd-20}, {toy/one vs toy/one on clean}.
 Its audit {toy/one on audit}; {toy/one on angles}.
@@ -88,7 +91,7 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     assert "95.00 against 95.00 (no difference: p 1, 1; n = 100, seeds 0, 1)" in text
     assert "audit fails 0 and 1 of 1; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
     assert "| `toy/one` | 0, 1 | net | 3, all | 10.0 | 4.0 | slide rule; abacus |" in text
-    assert "worst case<br>n = 4 / 100 |" in text
+    assert "worst case<br>n = 4 / 100 |" in text and "*No row of this table has been evaluated yet.*" in text
     for about, name in (("clean, pgd-20", "bars"), ("pgd-20; steps", "lines"), ("clean; margin", "grid")):
         assert f"![{about}](figures/{name}.png)" in text and (tmp_path / f"figures/{name}.png").stat().st_size > 5000
     cli("eval_all", "--report", results, "--out", tmp_path / "again.md")
@@ -127,7 +130,7 @@ def says(text):
     (says("{toy/one vs toy/none on clean}"), "no seed of toy/one and toy/none"),
     (says("```grid a clean; m\na | toy/no | 1\n```"), "evaluation of toy/no"),
     (says("```table clean\na | toy/one | 1, 2\n```"), "more figures of the paper"),
-    (says("```table magic\na | toy/one\n```"), "no row was evaluated under magic"),
+    (says("```table magic\na | toy/one\n```"), "unknown attack 'magic'"),
     (says("```table clean\n\n\na | toy/one\n\na\n```"), "table clean: "),
     (says("```bars a.png clean\na | toy/no\n```"), "bars a.png clean: "),
     (says("```lines a.png clean; x\na | toy/one\n```"), "lines a.png clean; x: "),
