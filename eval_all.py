@@ -2478,9 +2478,12 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
             raise common.UserError(f"report.md: {kind} {first}: {error}") from None
         return f"![{about}]({name})"
 
+    def figure(match: re.Match) -> str:
+        name, other, attack = match[1], match[2], " ".join(match[3].split())
+        return compared(found, name, other, attack) if other else one_figure(found, name, attack)
+
     text = re.sub(r"^```(table|bars|lines|grid) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
-    text = re.sub(r"\{(\S+) vs (\S+) on ([^}]+)\}", lambda m: compared(found, m[1], m[2], m[3]), text)
-    text = re.sub(r"\{(\S+) on ([^}]+)\}", lambda m: one_figure(found, m[1], m[2]), text)
+    text = re.sub(r"\{(\S+)(?:\s+vs\s+(\S+))?\s+on\s+([^}]+)\}", figure, text)
     return text.replace("{runs}", runs_table(found))
 
 
