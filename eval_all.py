@@ -2045,7 +2045,7 @@ def row(outcome: dict) -> dict:
     }
 
 
-def report(name: str, model: nn.Module, meta: dict, outcome: dict, settings: dict) -> dict:
+def report(name: str, meta: dict, outcome: dict, settings: dict) -> dict:
     """What eval.json says of one model."""
     rows = {name: row(attack) for name, attack in outcome["attacks"].items()}
     same = [attack["right"] for attack in outcome["attacks"].values() if attack["norm"] == settings["norm"]]
@@ -2054,7 +2054,6 @@ def report(name: str, model: nn.Module, meta: dict, outcome: dict, settings: dic
     if "history" in meta:
         seconds = meta["args"]["epochs"] * statistics.fmean(row["seconds"] for row in meta["history"])
         kept |= {"training_seconds": seconds, "training_hardware": meta.get("hardware")}
-    kept |= {"weights": digest([model]).hexdigest()[:16], "hardware": common.hardware(settings["device"])}
     return {"model": name, **settings, **kept, "attacks": rows}
 
 
@@ -2661,7 +2660,8 @@ def main(argv: list[str] | None = None) -> None:
         nets = [model, *(source for _, source, _ in sources)]
         journal = Journal(folder / "unfinished.pt", identity(nets, x, y, settings), ranks)
         outcome = evaluate(model, attacks, x, y, settings, journal)
-        results.append(report(name, model, meta, outcome, settings))
+        made_on = {"weights": digest([model]).hexdigest()[:16], "hardware": common.hardware(args.device)}
+        results.append(made_on | report(name, meta, outcome, settings))
         if first:
             write_verdicts(folder, index, y, outcome)
             write_results(folder, results[-1:])  # before what may yet fail

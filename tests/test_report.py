@@ -168,3 +168,9 @@ def test_every_row_of_the_results_can_be_made_anew():
     for dataset, name in named:
         script = (benchmarks / f"{dataset.removesuffix('_jpeg')}.sh").read_text()
         assert re.search(rf'^(rows=")?{re.escape(name.removesuffix("-float32"))} ', script, re.MULTILINE), name
+
+
+def test_the_readmes_table_is_that_of_the_results():
+    top = Path(__file__).parent.parent
+    rows = [line for line in (top / "README.md").read_text().splitlines() if "±" in line]
+    assert len(rows) > 3 and set(rows) <= set((top / "RESULTS.md").read_text().splitlines())
