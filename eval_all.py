@@ -1831,8 +1831,8 @@ def analyze(names: list[str], model: nn.Module, x: Tensor, y: Tensor, settings: 
     the angles."""
     torch.manual_seed(settings["seed"])
     budget = {"eps": settings["eps"], "norm": settings["norm"], "step_size": 2.5 * settings["eps"] / 20, "steps": 20}
-    parts = zip(x.split(settings["batch_size"]), y.split(settings["batch_size"]), strict=True)
     if set(names) - {"curves", "angles"}:
+        parts = zip(x.split(settings["batch_size"]), y.split(settings["batch_size"]), strict=True)
         x_adv = torch.cat([common.pgd(model, a, b, loss=training_ce(model, 0.0), **budget) for a, b in parts])
     found = {}
     if "curves" in names:

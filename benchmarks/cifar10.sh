@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The CIFAR-10 table of RESULTS.md. It was made on a copy of CIFAR-10 whose images went through JPEG, DATA/cifar10_jpeg.npz,
-# and says so; for CIFAR-10 itself put cifar10 in its place below. Hours on a CPU.
+# Rows for a CIFAR-10 table; RESULTS.md has none yet. They read DATA/cifar10_jpeg.npz, a copy of CIFAR-10 whose images
+# went through JPEG; for CIFAR-10 itself put cifar10 in its place below. Hours on a CPU.
 #
 #     benchmarks/cifar10.sh                   # every row, seeds 0 and 1
 #     benchmarks/cifar10.sh pgd-he            # this row
@@ -25,7 +25,7 @@ evaluations() { # row, kind
         ;;
     nat)
         evaluate "$1" "$1/fast" --n 2000 --attacks fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf,pgd-100
-        evaluate "$1" "$1/strong" --n 500 --attacks square,autoattack --audit --analyze features,angles
+        evaluate "$1" "$1/strong" --n 500 --attacks square,autoattack --audit --analyze angles
         ;;
     esac
 }

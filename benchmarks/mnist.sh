@@ -63,10 +63,10 @@ evaluations() { # row, kind
         evaluate "$1" "$1/strong" --amp --n 1000 --attacks autoattack --audit
         ;;
     speed) evaluate "$1" "$1/fast" --amp --attacks pgd-20,cw-inf ;;
-    plane) evaluate "$1" "$1/fast" --n 2000 --attacks fgsm --analyze features ;;
+    plane) evaluate "$1" "$1/fast" --n 2000 --attacks fgsm ;;
     *)
         evaluate "$1" "$1/fast" --attacks $fast
-        evaluate "$1" "$1/strong" --n 1000 --attacks square,autoattack --audit --analyze features,angles
+        evaluate "$1" "$1/strong" --n 1000 --attacks square,autoattack --audit --analyze angles
         ;;
     esac
     case $2 in # what their papers report besides
@@ -84,20 +84,35 @@ evaluations() { # row, kind
 
 do_rows "$@"
 
-# From each of four models to each, and pictures of features, when all rows are done.
+# From each of four models to each, and the pictures, when all rows are done.
 transfer() { # seed
     flock -n 9 || return 0
     local row sources=("pgd-s$1" "trades-he-s$1" "weightpen-s$1" "dsphere-s$1")
     for row in "${sources[@]}"; do
+        [ -e "$runs/$row/made_by" ] || return 0 # another process is at it, and will come by
+    done
+    for row in "${sources[@]}"; do
         evaluate "$row" "$row/transfer" --n 1000 --attacks clean --source "${sources[@]/#/$runs/}"
     done
-    for row in weightpen weightpen-relu abcl abcl-cosface abcl-sce cnn-plane dsphere-plane; do
-        cp "$(ls "$runs/evaluations/$row-s$1"/*/features.png)" "figures/features-$row.png"
-    done
-    cp "$runs/evaluations/pgd-he-s$1/curves/curves.png" figures/curves.png
 }
+
+pictures() { # of features, by the first seed's networks; their data, a thousand positions each, are not kept
+    local row out
+    for row in weightpen weightpen-relu abcl abcl-cosface abcl-sce cnn-plane dsphere-plane; do
+        [ -e "$runs/$row-s0/made_by" ] && [ ! -e "figures/features-$row.png" ] || continue
+        out=$runs/pictures/$row
+        mkdir -p "$out"
+        "$python" eval_all.py "$runs/$row-s0" --data-dir "$data" --out "$out" --n 1000 --attacks clean \
+            --analyze features >"$out/log"
+        cp "$out/features.png" "figures/features-$row.png"
+    done
+    out=$runs/evaluations/pgd-he-s0/curves/curves.png
+    [ ! -e "$out" ] || cp "$out" figures/curves.png
+}
+
 if [ $# = 0 ]; then
     for seed in $seeds; do
         (transfer "$seed") 9>"$runs/transfer-s$seed.lock"
     done
+    pictures
 fi
