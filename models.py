@@ -96,18 +96,18 @@ def cosine(z: Tensor, weight: Tensor) -> Tensor:
     return F.linear(F.normalize(z, dim=1), F.normalize(weight, dim=1))
 
 
-# g(w, x) of D-SphereNet, Sec. 4.1, as functions of cos(theta); linear and sigmoid are of Liu et al. 2017. The quadratic
-# one, below -1 for angles over 114 degrees, is cut there, which the ReLU behind a hidden layer hides anyway.
+# g(w, x) of D-SphereNet, Sec. 4.1: cos(theta), truncated: min(1, ||x||) * cos(theta), and these functions of
+# cos(theta). Linear and sigmoid are of Liu et al. 2017. The quadratic one, below -1 for angles over 114 degrees, is cut
+# there, which the ReLU behind a hidden layer hides anyway.
 SIGMOID_K = 0.5
-CORRELATIONS = {
-    "cosine": lambda cos: cos,
+BENT = {
     "linear": lambda cos: 1 - arccos(cos) * (2 / math.pi),
     "sigmoid": lambda cos: (
         (2 * ((math.pi / 2 - arccos(cos)) / SIGMOID_K).sigmoid() - 1) / math.tanh(math.pi / 4 / SIGMOID_K)
     ),
     "quadratic": lambda cos: (1 - (1 - cos).square()).clamp(min=-1),
-    "truncated": lambda cos: cos,  # times min(1, ||x||)
 }
+CORRELATIONS = ("cosine", "truncated", *BENT)
 TINY = 1e-8  # added to the squared norm: a zero patch has correlation 0 and a finite gradient
 
 
@@ -120,20 +120,20 @@ def sphere_weight(weight: Tensor, manifold: str) -> Tensor:
 def channel_sum(x: Tensor, manifold: str) -> Tensor:
     """The sum over the channels of x^2 on the sphere, of |x| on the simplex, (B, 1, ...), in at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if manifold == "simplex":
-        return x.abs().sum(1, keepdim=True)
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True).square()  # one pass, no copy of x^2
+    return (x.square() if manifold == "sphere" else x.abs()).sum(1, keepdim=True)
 
 
 def correlate(product: Tensor, content: Tensor, correlation: str, manifold: str) -> Tensor:
-    """g from <w~, x> (B, K, ...) and the `channel_sum` over each x, (B, 1, ...)."""
+    """g from <w~, x> (B, K, ...), in its dtype, and the `channel_sum` over each x, (B, 1, ...)."""
     norm = (content + TINY).sqrt() if manifold == "sphere" else content + TINY**0.5
-    length = norm.clamp(max=1) if correlation == "truncated" else 1
-    return CORRELATIONS[correlation]((product * (length / norm)).clamp(-1, 1))
+    factor = (norm.clamp(max=1) if correlation == "truncated" else 1) / norm
+    if correlation in BENT:  # in float32: an angle near 0 needs more digits than bfloat16 has
+        return BENT[correlation](product * factor).to(product.dtype)
+    return product * factor.to(product.dtype)
 
 
 class SphereConv2d(nn.Conv2d):
-    """A convolution with <w, x> replaced by g(w, x), in [-1, 1], for each kernel w and input patch x (Eq. 1).
+    """A convolution with <w, x> replaced by g(w, x), in [-1, 1] but for rounding: kernel w, input patch x (Eq. 1).
 
     The norm of a patch is one more convolution: of x^2, summed over the channels, with ones.
     """
@@ -146,15 +146,15 @@ class SphereConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         product = F.conv2d(x, sphere_weight(self.weight, self.manifold), None, self.stride, self.padding)
-        with torch.autocast(x.device.type, enabled=False):  # near +-1 an angle needs more digits than bfloat16 has
+        with torch.autocast(x.device.type, enabled=False):
             content = channel_sum(x, self.manifold)
             ones = content.new_ones(1, 1, *self.kernel_size)
             content = F.conv2d(content, ones, None, self.stride, self.padding)
-            return correlate(product.to(content.dtype), content, self.correlation, self.manifold).to(product.dtype)
+            return correlate(product, content, self.correlation, self.manifold)
 
 
 class SphereLinear(nn.Linear):
-    """A linear layer with <w, x> replaced by g(w, x), in [-1, 1] (Eq. 1)."""
+    """A linear layer with <w, x> replaced by g(w, x), in [-1, 1] but for rounding (Eq. 1)."""
 
     def __init__(self, d_in: int, d_out: int, *, correlation: str, manifold: str):
         super().__init__(d_in, d_out, bias=False)
@@ -162,9 +162,7 @@ class SphereLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         product = F.linear(x, sphere_weight(self.weight, self.manifold))
-        content = channel_sum(x, self.manifold)
-        g = correlate(product.to(content.dtype), content, self.correlation, self.manifold)
-        return g.to(product.dtype)
+        return correlate(product, channel_sum(x, self.manifold), self.correlation, self.manifold)
 
 
 class SphereHead(SphereLinear):
