@@ -2213,7 +2213,7 @@ def plot_results(results: list[dict], path: Path) -> None:
 #     {NAME on audit}, {NAME on angles}, and {runs}: how each model was trained and evaluated
 #     ```table ATTACK, ATTACK, ...     then a line a row: label | NAME | the paper's figures, in the columns' order
 #     ```bars FILE.png ATTACK, ...     the same rows as a bar chart
-#     ```lines FILE.png ATTACK; AXIS   then a line a row: label | a NAME for each value | these values, along AXIS
+#     ```lines FILE.png ATTACK; AXIS   then a line a row: label | NAME, with * for the value | the values, along AXIS
 #     ```grid FILE.png ATTACK; AXIS    the same rows as a grid of cells
 #
 # A column of a table may also be `audit`, or `worst case`: over the attacks of that table in the evaluation's ball, on
@@ -2371,12 +2371,13 @@ def draw_bars(path: Path, about: str, rows: list[list[str]], found: Evaluations)
     plot_results(results, path)
 
 
-def series(names: str, attack: str, found: Evaluations) -> list[dict]:
-    """The figures of several NAMEs, separated by commas, under one attack."""
-    figures = {name: over_seeds(complete(found.get(name, {}), [attack]), attack) for name in re.split(r",\s*", names)}
-    if missing := [name for name, row in figures.items() if row is None]:
+def series(pattern: str, values: str, attack: str, found: Evaluations) -> list[dict]:
+    """The figures under one attack of the NAMEs that a pattern with * stands for, one for each of the values."""
+    names = [pattern.replace("*", value) for value in values.split(",")]
+    figures = [over_seeds(complete(found.get(name, {}), [attack]), attack) for name in names]
+    if missing := [name for name, row in zip(names, figures, strict=True) if row is None]:
         raise ValueError(f"there is no evaluation of {', '.join(missing)} under {attack}")
-    return [figures[name] for name in re.split(r",\s*", names)]
+    return figures
 
 
 def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
@@ -2384,8 +2385,8 @@ def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations
     plt = pyplot()
     attack, axis_name = about.split("; ")
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for (label, names, values), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
-        figures, at = series(names, attack, found), [float(value) for value in values.split(",")]
+    for (label, pattern, values), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
+        figures, at = series(pattern, values, attack, found), [float(value) for value in values.split(",")]
         accuracy = np.array([row["accuracy"] for row in figures])
         error = np.abs([[row["low"] for row in figures], [row["high"] for row in figures]] - accuracy)
         axis.errorbar(at, accuracy, error, marker=marker, markersize=4, linewidth=1.2, capsize=2, label=label)
@@ -2400,7 +2401,8 @@ def draw_grid(path: Path, about: str, rows: list[list[str]], found: Evaluations)
     """Accuracies as colored cells: a line a row, a column a value."""
     plt = pyplot()
     attack, axis_name = about.split("; ")
-    cells = np.array([[row["accuracy"] for row in series(names, attack, found)] for _, names, _ in rows])
+    figures = [series(pattern, values, attack, found) for _, pattern, values in rows]
+    cells = np.array([[row["accuracy"] for row in line] for line in figures])
     figure, axis = plt.subplots(figsize=(1.5 + 0.8 * cells.shape[1], 1.2 + 0.45 * len(cells)), layout="constrained")
     image = axis.imshow(cells, cmap="viridis", aspect="auto")
     for (i, j), value in np.ndenumerate(cells):

@@ -28,11 +28,11 @@ One | toy/one
 Two | toy/two
 ```
 ```lines figures/lines.png pgd-20; steps
-Both | toy/one, toy/two | 1,2
+Both | toy/step* | 1,2
 ```
 ```grid figures/grid.png clean; margin
-s = 1 | toy/one, toy/two | 0,0.1
-s = 2 | toy/two, toy/two | 0,0.1
+s = 1 | toy/step* | 1,2
+s = 2 | toy/step* | 2,1
 ```
 {runs}
 """
@@ -70,6 +70,9 @@ def results(tmp_path):
         folder = tmp_path / "results" / f"toy/one-s{seed}" / "strong"
         write_evaluation(folder, rights, few, audit=audit, analyses=found)
     write_evaluation(tmp_path / "results" / "toy/two-s0", {"clean": first(95, 100), "pgd-20": first(40, 100)})
+    for steps in (1, 2):
+        rights = {"clean": first(90 + steps, 100), "pgd-20": first(50 + steps, 100)}
+        write_evaluation(tmp_path / "results" / f"toy/step{steps}-s0", rights)
     (tmp_path / "results" / "report.md").write_text(REPORT)
     return tmp_path / "results"
 
