@@ -51,7 +51,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial, reduce
@@ -73,10 +73,15 @@ import models
 # eval mode, frozen its parameters and seeded the generator. An image leaves the batch once it is fooled.
 
 NORMS = {"linf": "Linf", "l2": "L2"}
-TOLERANCE = 1e-6  # of a distance or a pixel value, in float32
+TOLERANCE = 1e-6  # of a pixel value, in float32
 NEWTON_STEPS = 15
 Attack = Callable[..., Tensor]
 Loss = Callable[..., Tensor]
+
+
+def outermost(eps: float) -> float:
+    """The distance from an image to which float32 may take what lies in its eps ball."""
+    return eps + TOLERANCE * max(1.0, 10 * eps)
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
@@ -165,7 +170,7 @@ def by_target(
     ranking = predict_logits(model, x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
     x_adv, nearest = x.clone(), x.new_full((len(x),), math.inf)
     for target in ranking[:, : min(targets, ranking.shape[1] - 1)].T:
-        rows = (nearest > eps + TOLERANCE).nonzero().flatten()
+        rows = (nearest > outermost(eps)).nonzero().flatten()
         if not len(rows):
             break
         tried = attack(x[rows], y[rows], target[rows])
@@ -196,10 +201,11 @@ def feature(
 ) -> Tensor:
     """The feature attack (Lin et al. 2019): from a random start towards the features, in cosine, of another class.
 
-    `images` of other classes, drawn from the batch, are tried in turn on each image that still stands.
+    `images` of other classes, drawn from the batch, are tried in turn on each image that still stands. Raises UserError
+    where there are none.
     """
-    if not hasattr(model, "features"):
-        raise common.UserError("the feature attack needs a model with features(x)")
+    if (y == y[0]).all():
+        raise common.UserError("a batch holds one class alone, so there are no features of another to aim at")
     with torch.no_grad():
         z = model.features(x)
     x_adv, standing = x.clone(), torch.arange(len(x), device=x.device)
@@ -210,6 +216,7 @@ def feature(
             now.requires_grad_()
             similarity = F.cosine_similarity(model.features(now), z[other])
             (grad,) = torch.autograd.grad(similarity.sum(), now)
+            common.check_finite(grad)
             now = common.project(now.detach() + step_size * grad.sign(), x[standing], eps, "linf")
         x_adv[standing] = now
         standing = standing[~common.fooled(model, now, predict_logits(model, now), y[standing])]
@@ -248,6 +255,7 @@ def apgd(
         logits = model(now)
         value = loss(logits, *s["labels"].T)
         (grad,) = torch.autograd.grad(value.sum(), now)
+        common.check_finite(grad)
         now, value = now.detach(), value.detach()
         better = value > s["best_value"]
         s |= {"grad": grad, "rises": s["rises"] + (value > s["value"]), "value": value, "now": now}
@@ -326,6 +334,7 @@ def fab(model: nn.Module, x: Tensor, y: Tensor, target: Tensor, *, eps: float, n
         logits = model(near)
         rise = logits.gather(1, target[row, None]).squeeze(1) - logits.gather(1, y[row, None]).squeeze(1)
         (w,) = torch.autograd.grad(rise.sum(), near)
+        common.check_finite(w)
         near, w = near.detach(), w.flatten(1)
         gap = -rise.detach()  # to the boundary, along w; negative beyond it
         gap_far = gap + (w * (near - far).flatten(1)).sum(1)
@@ -384,6 +393,7 @@ def deepfool(
         planes = []
         for rise in rises.T:
             (w,) = torch.autograd.grad(rise.sum(), now, retain_graph=True)
+            common.check_finite(w)
             dual = w.abs().sum((1, 2, 3)) if norm == "linf" else common.lengths(w, "l2").flatten()
             gap = rise.detach().abs()
             gap = gap + (beyond - overshoot * gap).clamp(min=0)  # where the overshoot does not reach that far
@@ -419,6 +429,7 @@ def cw_l2(
             distance = (now - x).square().sum((1, 2, 3))
             loss = (distance + c * (-cw_margin(logits, y)).clamp(min=0)).sum()
             (w.grad,) = torch.autograd.grad(loss, w)
+            common.check_finite(w.grad)
             wrong = common.fooled(model, now, logits, y)
             closer, met = wrong & (distance.detach() < nearest), met | wrong
             x_adv[closer], nearest[closer] = now.detach()[closer], distance.detach()[closer]
@@ -759,7 +770,7 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str 
     x_adv, standing = x.clone(), torch.arange(len(x), device=x.device)
     for attack in (apgd, apgd_targeted, fab_targeted, square):
         tried = attack(model, x[standing], y[standing], eps=eps, norm=norm)
-        inside = common.lengths(tried - x[standing], norm).flatten() <= eps + TOLERANCE
+        inside = common.lengths(tried - x[standing], norm).flatten() <= outermost(eps)
         beaten = inside & common.fooled(model, tried, predict_logits(model, tried), y[standing])
         x_adv[standing[beaten]], standing = tried[beaten], standing[~beaten]
         if not len(standing):
@@ -912,10 +923,13 @@ def paper_attacks(method: str, known: str | None) -> list[str]:
     return (WEIGHTPEN_SMALL if text is WEIGHTPEN and known in ("digits", "mnist") else text).split()
 
 
-def named_attacks(text: str, methods: tuple[str, ...] = ("",), known: str | None = None) -> dict[str, Attack]:
+def named_attacks(
+    text: str, methods: tuple[str, ...] = ("",), known: str | None = None, features: bool = True
+) -> dict[str, Attack]:
     """The attacks of --attacks: names and presets, separated by commas; clean comes first in any case.
 
-    `paper` is what the papers of `methods` report on the dataset `known`, all of it for each of them.
+    `paper` is what the papers of `methods` report on the dataset `known`, all of it for each of them. `features` says
+    that the models have features(x): without them a preset does without the attack on these.
     """
     names, presets = (
         ["clean"],
@@ -926,6 +940,9 @@ def named_attacks(text: str, methods: tuple[str, ...] = ("",), known: str | None
         if part.strip() == "all" and importlib.util.find_spec("autoattack") is None:
             names.remove("autoattack-official")
             print(f"left out: {GET_AUTOATTACK}")
+        if not features and part.strip() in presets and "feature" in names:
+            names.remove("feature")
+            print("left out: feature, which needs a model with features(x)")
     return {name: find_attack(name) for name in dict.fromkeys(names)}
 
 
@@ -954,7 +971,7 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 def check_ball(name: str, x_adv: Tensor, x: Tensor, eps: float, norm: str) -> None:
     """An image outside the ball or the range would make a figure worthless: raises UserError."""
     distance = float(common.lengths(x_adv - x, norm).max())
-    if not distance <= eps + TOLERANCE:
+    if not distance <= outermost(eps):
         raise common.UserError(f"attack {name} left the ball: distance {distance:.6g}, eps {eps:.6g}")
     check_range(name, x_adv)
 
@@ -974,11 +991,15 @@ def digest(nets: list[nn.Module], *tensors: Tensor) -> "hashlib._Hash":
     return found
 
 
-def identity(nets: list[nn.Module], x: Tensor, y: Tensor, settings: dict) -> str:
-    """A digest of all that verdicts depend on, apart from the list of attacks: weights, images, settings."""
-    found = digest(nets, x, y)
-    found.update(json.dumps({k: v for k, v in settings.items() if k != "command"}).encode())
-    return found.hexdigest()
+def identity(found: "Found", x: Tensor, y: Tensor, settings: dict) -> str:
+    """A digest of all that verdicts depend on, apart from the list of attacks: the models' weights, what they were
+    built with, or the file that a user's own comes from, images, settings."""
+    one = digest([model for _, model, _ in found], x, y)
+    for _, model, meta in found:
+        path, is_code, _ = meta["checkpoint"].rpartition(".py:")
+        one.update(Path(f"{path}.py").read_bytes() if is_code else json.dumps(model.options).encode())
+    one.update(json.dumps({k: v for k, v in settings.items() if k != "command"}).encode())
+    return one.hexdigest()
 
 
 class Ranks:
@@ -1111,13 +1132,18 @@ def budget(name: str, attack: Attack, settings: dict) -> dict:
     return options
 
 
-def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tensor, settings: dict, seed: int) -> dict:
-    """One attack on one batch, judged: `right` and `distance` (B,) to the misclassified image, `passes`, `faults`."""
-    within, start = threat(attack, settings), time.perf_counter()
+def attack_batch(
+    name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor, settings: dict, seed: int
+) -> dict:
+    """One attack on a batch of `rows`, judged: `right` and `distance` (B,) to the misclassified image, `passes`,
+    `faults`."""
+    within, start, x, y = threat(attack, settings), time.perf_counter(), x[rows], y[rows]
     torch.manual_seed(seed)
     try:
         with crafting(model, attack, settings["amp"]) as passes:
             x_adv = attack(model, x, y, **budget(name, attack, settings)).detach()
+    except torch.OutOfMemoryError:
+        raise  # cli knows the remedy
     except (common.UserError, RuntimeError) as error:
         raise common.UserError(f"attack {name} failed: {error}") from error
     distance = common.lengths(x_adv - x, within["norm"]).flatten()
@@ -1127,7 +1153,7 @@ def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tens
         check_ball(name, x_adv, x, **within)
     prediction = predict(model, x_adv)
     return {
-        "right": ((prediction == y) | (distance > within["eps"] + TOLERANCE)).cpu(),
+        "right": ((prediction == y) | (distance > outermost(within["eps"]))).cpu(),
         "distance": torch.where(prediction == y, math.inf, distance).cpu(),
         "passes": passes[0],
         "faults": int((prediction < 0).sum()),
@@ -1153,7 +1179,7 @@ def run_attack(
         for batch, rows in enumerate(batches):
             key = f"{name}/{restart}/{batch}"
             seed = zlib.crc32(f"{settings['seed']}/{key}".encode())  # whatever ran before
-            tasks[key] = partial(attack_batch, name, attack, model, x[rows], y[rows], settings, seed)
+            tasks[key] = partial(attack_batch, name, attack, model, x, y, rows, settings, seed)
         for rows, piece in zip(batches, journal.gather(tasks), strict=True):
             outcome["right"][rows] = piece["right"].to(right.device)
             outcome["distance"][rows.cpu()] = torch.minimum(outcome["distance"][rows.cpu()], piece["distance"])
@@ -1192,6 +1218,11 @@ def evaluate(
 AUDIT_IMAGES = 200
 
 
+def spread(total: int, count: int) -> Tensor:
+    """`count` of so many rows, or all, at even distances: a test set may be ordered class by class."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long()
+
+
 def chance(more: Tensor, fewer: Tensor) -> float:
     """The probability, were two attacks equally strong, that so many more images stand (N,) under the first."""
     gained, lost = int((more & ~fewer).sum()), int((fewer & ~more).sum())
@@ -1217,11 +1248,12 @@ def input_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict, ranks: Ranks | None = None) -> list[dict]:
-    """The checks, on the first images (N, C, H, W): what each compares, its figures in words, and whether it passes.
+    """The checks, on some of the images (N, C, H, W): what each compares, its figures in words, and whether it passes.
 
     The attacks are on s * logits, the logits that the model was trained with, and in the norm of the evaluation.
     """
-    x, y = x[:AUDIT_IMAGES], y[:AUDIT_IMAGES]
+    rows = spread(len(y), AUDIT_IMAGES)
+    x, y = x[rows], y[rows]
     settings = settings | {"restarts": 1, "step_size": None}
     clean_right = torch.cat([predict(model, part) for part in x.split(settings["batch_size"])]) == y
     eps, checks = settings["eps"], []
@@ -1255,7 +1287,11 @@ def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict, ranks: Ranks |
     targeted = run(apgd_targeted)
     white = pgd_100 & run(partial(cw_inf, steps=20)) & targeted
     not_weaker("more steps are not weaker", ("PGD-100", pgd_100), ("PGD-20", pgd_20))
-    not_weaker("FGSM is not weaker than noise", ("FGSM", run(fgsm)), ("noise", run(noise)))
+    not_weaker(
+        "FGSM is not weaker than noise",
+        ("FGSM", run(partial(fgsm, loss=training_ce(model, 0.0)))),
+        ("noise", run(noise)),
+    )
     black = run(partial(square, queries=1000))
     not_weaker("gradients are not weaker than queries", ("PGD, CW, APGD-T", white), ("Square, 1,000 queries,", black))
     factors = {f"{factor:g}": run(partial(rescaled_pgd, factor=factor, steps=20)) for factor in (1e-4, 0.01, 100, 1e4)}
@@ -1273,7 +1309,7 @@ def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict, ranks: Ranks |
     )
     excess = 100 * float(pgd_100.float().mean() - targeted.float().mean())
     figures = f"PGD-100 {percent(pgd_100)}, APGD-T {percent(targeted)}, 6 points allowed"
-    check("AutoAttack's APGD-T is near PGD", figures, excess <= 6)
+    check("AutoAttack's APGD-T is near PGD", figures, abs(excess) <= 6)
     return checks
 
 
@@ -1839,10 +1875,12 @@ def analyze(names: list[str], model: nn.Module, x: Tensor, y: Tensor, settings: 
         found["curves"] = robustness_curves(model, x, y, settings)
         plot_robustness_curves(found["curves"], folder / "curves.png")
     if "gradients" in names:
-        found["gradients"] = gradient_norm_ratio(model, x[:100], x_adv[:100], y[:100])
+        rows = spread(len(y), 100)
+        found["gradients"] = gradient_norm_ratio(model, x[rows], x_adv[rows], y[rows])
         plot_gradient_norm_ratio(found["gradients"], folder / "gradients.png")
     if "features" in names:
-        found["features"] = feature_map(model, x[:2000], x_adv[:2000], y[:2000], settings["seed"])
+        rows = spread(len(y), 2000)
+        found["features"] = feature_map(model, x[rows], x_adv[rows], y[rows], settings["seed"])
         plot_feature_map(found["features"], folder / "features.png")
     if "angles" in names:
         found["angles"] = angles(model, x, y)
@@ -2051,7 +2089,7 @@ def report(name: str, meta: dict, outcome: dict, settings: dict) -> dict:
     same = [attack["right"] for attack in outcome["attacks"].values() if attack["norm"] == settings["norm"]]
     rows["worst case"] = accuracy_of(torch.stack(same).all(0))
     kept = {key: meta[key] for key in ("checkpoint", "method", "epoch", "model_options", "args") if key in meta}
-    if "history" in meta:
+    if meta.get("history"):  # a run stopped in its first epoch has none
         seconds = meta["args"]["epochs"] * statistics.fmean(row["seconds"] for row in meta["history"])
         kept |= {"training_seconds": seconds, "training_hardware": meta.get("hardware")}
     return {"model": name, **settings, **kept, "attacks": rows}
@@ -2075,7 +2113,7 @@ def remark(name: str, row: dict, result: dict) -> str:
         remarks.append(f"{row['norm']}, eps {row['eps']:g}: not in the worst case")
     if attack in BLACK_BOX:
         remarks.append(f"{row['queries']:.0f} queries an image")
-    if attack in NEAREST and row["median_distance"] is not None:
+    if attack in NEAREST and attack is not fab_targeted and row["median_distance"] is not None:  # FAB stops at eps
         remarks.append(f"median distance {row['median_distance']:.4g}")
     return "; ".join(remarks)
 
@@ -2295,8 +2333,16 @@ def complete(seeds: Seeds, columns: list[str]) -> Seeds:
     return {seed: model for seed, model in seeds.items() if made and made <= model.rows.keys()}
 
 
+def check_same_ball(models: Iterable[Evaluated]) -> None:
+    """What stands beside each other was attacked on one dataset in one ball: raises ValueError."""
+    balls = {tuple(model.facts.get(fact) for fact in ("dataset", "norm", "eps")) for model in models}
+    if len(balls) > 1:
+        raise ValueError(f"evaluations under {' and '.join(map(str, sorted(balls)))} are put side by side")
+
+
 def over_seeds(seeds: Seeds, attack: str) -> dict | None:
     """accuracy, its low and high end in %, and n; None where not all seeds were attacked so."""
+    check_same_ball(seeds.values())
     verdicts = [model.under(attack) for model in seeds.values()]
     if not verdicts or None in verdicts:
         return None
@@ -2308,9 +2354,10 @@ def over_seeds(seeds: Seeds, attack: str) -> dict | None:
 def audit_verdict(seeds: Seeds) -> str:
     audits = [model.facts["audit"] for model in seeds.values() if model.facts["audit"]]
     failed = [sum(not check["passed"] for check in checks) for checks in audits]
-    if not any(failed):
-        return "passes" if failed else "not made"
-    return f"fails {' and '.join(map(str, failed))} of {len(audits[0])}"
+    if not audits:
+        return "not made"
+    of = f" ({len(audits)} of {len(seeds)} seeds)" * (len(audits) < len(seeds))
+    return (f"fails {' and '.join(map(str, failed))} of {len(audits[0])}" if any(failed) else "passes") + of
 
 
 def table_row(seeds: Seeds, columns: list[str]) -> list[str | dict | None]:
@@ -2336,6 +2383,7 @@ def draw_table(about: str, rows: list[list[str]], found: Evaluations) -> str:
     for column in columns:
         if column not in (AUDIT, WORST) and FROM not in column:
             find_attack(column)
+    check_same_ball(model for _, name, *_ in rows for model in found.get(name, {}).values())
     for label, name, *papers in rows:
         seeds = complete(found.get(name, {}), columns)
         if not seeds:
@@ -2359,15 +2407,22 @@ def draw_table(about: str, rows: list[list[str]], found: Evaluations) -> str:
 def draw_bars(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
     """The accuracies of a table's rows, where all of them are known."""
     columns, results = re.split(r",\s*", about), []
+    check_same_ball(model for _, name, *_ in rows for model in found.get(name, {}).values())
     for label, name, *_ in rows:
         seeds = complete(found.get(name, {}), columns)
         figures = {column: over_seeds(seeds, column) for column in columns}
         if all(figures.values()):
             facts = next(iter(seeds.values())).facts
-            bars = {f"{column}, n = {row['n']:,}": row for column, row in figures.items()}
-            results.append({key: facts[key] for key in ("dataset", "norm", "eps")} | {"model": label, "attacks": bars})
+            results.append(
+                {key: facts[key] for key in ("dataset", "norm", "eps")} | {"model": label, "attacks": figures}
+            )
         else:
             print(f"--report: no evaluation of {name} under all of {about}: it has no bars", file=sys.stderr)
+    for column in columns:
+        sizes = sorted({result["attacks"][column]["n"] for result in results})
+        for result in results:
+            bars = result["attacks"].pop(column)
+            result["attacks"][f"{column}, n = {' / '.join(f'{n:,}' for n in sizes)}"] = bars
     plot_results(results, path)
 
 
@@ -2435,7 +2490,8 @@ def compared(found: Evaluations, name: str, other: str, attack: str) -> str:
     for seed in sorted(found.get(name, {}).keys() & found.get(other, {}).keys()):
         models = [found[one][seed] for one in (name, other)]
         both = [model.under(attack) for model in models]
-        if None not in both and models[0].facts["dataset"] == models[1].facts["dataset"]:
+        if None not in both:
+            check_same_ball(models)
             a, b = (torch.from_numpy(right) for right in on_common_images(both)[1])
             p = min(1.0, 2 * min(chance(a, b), chance(b, a)))
             pairs[seed] = 100 * float(a.double().mean()), 100 * float(b.double().mean()), p, len(a)
@@ -2481,7 +2537,10 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
 
     def figure(match: re.Match) -> str:
         name, other, attack = match[1], match[2], " ".join(match[3].split())
-        return compared(found, name, other, attack) if other else one_figure(found, name, attack)
+        try:
+            return compared(found, name, other, attack) if other else one_figure(found, name, attack)
+        except ValueError as error:
+            raise common.UserError(f"report.md: {match[0]}: {error}") from None
 
     text = re.sub(r"^```(table|bars|lines|grid) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"\{(\S+)(?:\s+vs\s+(\S+))?\s+on\s+([^}]+)\}", figure, text)
@@ -2595,9 +2654,16 @@ def refuse_what_cannot_be(args: argparse.Namespace, attacks: dict[str, Attack], 
         budget(name, attack, settings)
     if args.geodesic and args.norm != "linf":
         raise common.UserError("--geodesic: its adaptive attack knows the Linf ball alone")
-    for name, _, meta in found:
+    for name, model, meta in found:
         if args.geodesic and "geodesic" not in meta:
             raise common.UserError(f"--geodesic: {name} holds no angles; train_dsphere.py writes them")
+        if feature in map(function_of, attacks.values()) and not hasattr(model, "features"):
+            raise common.UserError(f"the feature attack needs a model with features(x), and {name} has none")
+        for analysis, part in (("features", "features"), ("angles", "fc")):
+            if analysis in (args.analyze or ()) and not hasattr(model, part):
+                raise common.UserError(f"--analyze {analysis} needs a model with {part}, and {name} has none")
+        if "gradients" in (args.analyze or ()) and not any(p.requires_grad for p in model.parameters()):
+            raise common.UserError(f"--analyze gradients: all weights of {name} are frozen")
 
 
 def look_closer(
@@ -2640,7 +2706,8 @@ def main(argv: list[str] | None = None) -> None:
     exact_float32()
     dataset, folder = find_test_set(args, found + sources)
     methods = tuple(meta.get("method", "") for _, _, meta in found)
-    attacks = named_attacks(args.attacks, methods, common.known_dataset(dataset)) | transfer_attacks(sources)
+    features = all(hasattr(model, "features") for _, model, _ in found)
+    attacks = named_attacks(args.attacks, methods, common.known_dataset(dataset), features) | transfer_attacks(sources)
     data = common.load_data(dataset, folder)
     for name, model, _ in found + sources:
         check_fit(name, model, data, args.device)
@@ -2659,8 +2726,7 @@ def main(argv: list[str] | None = None) -> None:
     for (name, model, meta), folder in zip(found, folders, strict=True):
         if first:
             print(f"{name}: {len(attacks)} attacks on {len(y)} images", file=sys.stderr)
-        nets = [model, *(source for _, source, _ in sources)]
-        journal = Journal(folder / "unfinished.pt", identity(nets, x, y, settings), ranks)
+        journal = Journal(folder / "unfinished.pt", identity([(name, model, meta), *sources], x, y, settings), ranks)
         outcome = evaluate(model, attacks, x, y, settings, journal)
         made_on = {"weights": digest([model]).hexdigest()[:16], "hardware": common.hardware(args.device)}
         results.append(made_on | report(name, meta, outcome, settings))

@@ -177,15 +177,30 @@ def test_an_image_is_dropped_only_when_fooled_by_more_than_rounding(linear_model
     assert x_adv.flatten()[1].item() == pytest.approx(0.7)  # pushed on, though wrong by 5e-7 from the start
 
 
-def test_a_gradient_that_is_not_finite_stops_the_attack(small_model):
-    class Breaks(torch.nn.Module):
-        def forward(self, x):
-            return small_model(x) + 0 * (x - x).sum((1, 2, 3)).sqrt()[:, None]
+def test_an_offset_of_all_logits_does_not_hide_what_is_fooled():
+    logits = torch.tensor([[0.0, 0.5, -1.0], [0.5, 0.0, -1.0]])
+    for offset in (0.0, -1e5):
+        assert common.fooled(None, None, logits + offset, torch.tensor([0, 0])).tolist() == [True, False]
 
-    x = torch.rand(4, 1, 8, 8)
-    assert Breaks()(x).isfinite().all()
+
+@pytest.mark.parametrize(
+    "name", ["fgsm", "pgd-2", "mta-2", "feature-2", "apgd-ce-2", "apgd-t-2", "fab-t-2", "deepfool-2", "cw-l2-2"]
+)
+def test_a_gradient_that_is_not_finite_stops_the_attack(small_model, name):
+    class Breaks(torch.nn.Module):
+        def features(self, x):
+            return small_model.features(x) + 0 * (x - x).sum((1, 2, 3)).sqrt()[:, None]
+
+        def forward(self, x):
+            return small_model.fc(self.features(x))
+
+    x, settings = torch.rand(4, 1, 8, 8), dict(known="digits", norm="linf", eps=0.01, step_size=None)
+    y, attack = torch.tensor([0, 1, 2, 3]), eval_all.find_attack(name)
+    small_model.fc.weight.data[:4] = torch.nn.functional.normalize(small_model.features(x)).detach()  # all are right
+    breaks = Breaks().eval()
+    assert breaks(x).isfinite().all() and (breaks(x).argmax(1) == y).all()
     with pytest.raises(common.UserError, match="not finite"):
-        eval_all.find_attack("pgd-2")(Breaks(), x, small_model(x).argmax(1), eps=0.1, step_size=0.1)
+        attack(breaks, x, y, **eval_all.budget(name, attack, settings))
 
 
 @pytest.mark.parametrize("known, eps, steps, expected", [

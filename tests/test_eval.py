@@ -1,5 +1,6 @@
 """The evaluator: what counts as robust, what is caught, and what is written."""
 
+import copy
 import csv
 import json
 import math
@@ -299,13 +300,49 @@ def test_a_users_model_may_view_its_images_and_have_its_own_models_package(cli, 
     assert sys.path == before and sys.modules["models"] is models and sys.modules["common"] is common
 
 
+@pytest.mark.parametrize("eps", [0.5, 3.0])
+def test_large_images_on_the_edge_of_an_l2_ball_are_inside_it(eps):
+    torch.manual_seed(0)
+    x = 0.25 + 0.5 * torch.rand(4, 3, 224, 224)
+    x_adv = common.project(x + torch.randn_like(x), x, eps, "l2")
+    eval_all.check_ball("pgd", x_adv, x, eps, "l2")
+    with pytest.raises(common.UserError, match="left the ball"):
+        eval_all.check_ball("pgd", x + 1.0001 * (x_adv - x), x, eps, "l2")
+
+
+@pytest.mark.parametrize("total, count", [(10, 3), (3, 10), (1, 1), (10_000, 200)])
+def test_rows_are_spread_over_all_of_a_test_set(total, count):
+    rows = eval_all.spread(total, count)
+    assert rows[0] == 0 and rows[-1] == (total - 1 if count > 1 else 0) and len(rows.unique()) == min(total, count)
+    assert len(rows) < 2 or rows.diff().max() - rows.diff().min() <= 1
+
+
+def test_what_a_model_of_the_user_cannot_serve_is_left_out_or_refused_before_the_work(cli, make_npz, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    model = ["--model", f"{tmp_path / 'mine.py'}:make", "--dataset", make_npz(shape=(8, 8)), "--out", tmp_path / "out"]
+    assert "feature" in eval_all.named_attacks("all") and "feature" not in eval_all.named_attacks("all", features=False)
+    for flags, complaint in (
+        (["--attacks", "feature"], "needs a model with features(x)"),
+        (["--attacks", "fgsm", "--analyze", "features"], "needs a model with features"),
+        (["--attacks", "fgsm", "--analyze", "angles"], "needs a model with fc"),
+    ):
+        code, _, err = cli("eval_all", *model, *flags)
+        assert code == 2 and complaint in err.splitlines()[-1] and not (tmp_path / "out").exists(), err
+
+
+def one(model):
+    return [("model", model, {"checkpoint": "model.pt"})]
+
+
 def test_a_killed_evaluation_goes_on_where_it_stopped(small_model, tmp_path):
     x = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     y, asked = small_model(x).argmax(1), []
     hook = small_model.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
     attacks = eval_all.named_attacks("pgd-3,square")
     attacks["square"] = partial(eval_all.square, queries=30)
-    identity = eval_all.identity([small_model], x, y, SETTINGS)
+    identity = eval_all.identity(one(small_model), x, y, SETTINGS)
 
     def dies(*_, **__):
         raise KeyboardInterrupt
@@ -318,7 +355,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(small_model, tmp_path):
     rest = eval_all.evaluate(small_model, attacks, x, y, SETTINGS, eval_all.Journal(path, identity))
     resumed = sum(asked)
     asked.clear()
-    other = eval_all.Journal(path, eval_all.identity([small_model], x, y, SETTINGS | {"eps": 0.2}))
+    other = eval_all.Journal(path, eval_all.identity(one(small_model), x, y, SETTINGS | {"eps": 0.2}))
     eval_all.evaluate(small_model, attacks, x, y, SETTINGS, other)
     assert resumed < sum(asked) and not other.pieces.keys() - rest["attacks"].keys() == set()
     for name in attacks:
@@ -356,13 +393,21 @@ def test_what_was_found_is_kept_where_the_audit_cannot_go_on(cli, run_folder, mo
     assert json.loads((run / "eval" / "eval.json").read_text())["attacks"]["fgsm"]["n"] == 20
 
 
-def test_the_identity_of_an_evaluation_is_its_weights_images_and_settings(small_model):
+def test_the_identity_of_an_evaluation_is_its_model_images_and_settings(small_model, tmp_path):
     x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
-    first = eval_all.identity([small_model], x, y, SETTINGS | {"command": "one"})
-    assert first == eval_all.identity([small_model], x, y, SETTINGS | {"command": "another"})
-    assert first != eval_all.identity([small_model], x, y, SETTINGS | {"eps": 0.2})
-    assert first != eval_all.identity([small_model], x.flip(0), y, SETTINGS)
-    assert first != eval_all.identity([small_model.bfloat16()], x, y, SETTINGS)
+    first = eval_all.identity(one(small_model), x, y, SETTINGS | {"command": "one"})
+    assert first == eval_all.identity(one(small_model), x, y, SETTINGS | {"command": "another"})
+    assert first != eval_all.identity(one(small_model), x, y, SETTINGS | {"eps": 0.2})
+    assert first != eval_all.identity(one(small_model), x.flip(0), y, SETTINGS)
+    theirs = [("m", small_model, {"checkpoint": f"{tmp_path}/net.py:make"})]
+    (tmp_path / "net.py").write_text("one")
+    before = eval_all.identity(theirs, x, y, SETTINGS)
+    (tmp_path / "net.py").write_text("two")
+    assert first != before != eval_all.identity(theirs, x, y, SETTINGS)
+    small_model.options["scale"] = 1.0  # changes no weight, but what an attack is told
+    assert first != eval_all.identity(one(small_model), x, y, SETTINGS)
+    small_model.options["scale"] = 15.0
+    assert first != eval_all.identity(one(small_model.bfloat16()), x, y, SETTINGS)
 
 
 def test_a_transferred_attack_is_crafted_on_the_source_to_its_last_step(linear_model):
@@ -397,11 +442,11 @@ def test_every_source_against_every_target_gives_a_table_and_a_heatmap(cli, run_
     assert "pgd-20 from the source (row) on the target (column)" in out
 
 
-def test_the_sources_weights_are_part_of_an_evaluations_identity(small_model, linear_model):
-    x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
-    digests = {
-        eval_all.identity([small_model, linear_model(torch.full((2, 64), w))], x, y, SETTINGS) for w in (0.0, 1.0)
-    }
+def test_the_sources_weights_are_part_of_an_evaluations_identity(small_model):
+    x, y, digests, source = torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), set(), copy.deepcopy(small_model)
+    for _ in range(2):
+        digests.add(eval_all.identity(one(small_model) + one(source), x, y, SETTINGS))
+        source.fc.weight.data += 1
     assert len(digests) == 2
 
 

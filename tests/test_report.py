@@ -70,6 +70,7 @@ def results(tmp_path):
         folder = tmp_path / "results" / f"toy/one-s{seed}" / "strong"
         write_evaluation(folder, rights, few, audit=audit, analyses=found)
     write_evaluation(tmp_path / "results" / "toy/two-s0", {"clean": first(95, 100), "pgd-20": first(40, 100)})
+    write_evaluation(tmp_path / "results" / "other/net-s0", {"clean": first(95, 100)}, eps=0.1)
     for steps in (1, 2):
         rights = {"clean": first(90 + steps, 100), "pgd-20": first(50 + steps, 100)}
         write_evaluation(tmp_path / "results" / f"toy/step{steps}-s0", rights)
@@ -134,6 +135,8 @@ def says(text):
     (says("{toy/one vs toy/none on clean}"), "no seed of toy/one and toy/none"),
     (says("```grid a clean; m\na | toy/no | 1\n```"), "evaluation of toy/no"),
     (says("```table clean\na | toy/one | 1, 2\n```"), "more figures of the paper"),
+    (says("{toy/one vs other/net on clean}"), "put side by side"),
+    (says("```table clean\nOne | toy/one\nAnother | other/net\n```"), "put side by side"),
     (says("```table magic\na | toy/one\n```"), "unknown attack 'magic'"),
     (says("```table clean\n\n\na | toy/one\n\na\n```"), "table clean: "),
     (says("```bars a.png clean\na | toy/no\n```"), "bars a.png clean: "),

@@ -147,5 +147,5 @@ def test_the_feature_attack_moves_features_towards_another_class():
     before = torch.stack([similar(z[i : i + 1], z[y != y[i]]).max() for i in range(6)])
     after = torch.stack([similar(z_adv[i : i + 1], z[y != y[i]]).max() for i in range(6)])
     assert (after > before).all() and (x_adv - x).abs().max() <= 0.2 + 1e-6
-    with pytest.raises(common.UserError, match="features"):
-        eval_all.feature(torch.nn.Flatten(), x, y, eps=0.1)
+    with pytest.raises(common.UserError, match="one class alone"):
+        eval_all.feature(model, x, torch.zeros_like(y), eps=0.1)
