@@ -305,6 +305,7 @@ def take_turns(steps: dict[str, Callable[[], object]], device: str, rounds: int)
 
 def reference_evaluation(args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> float:
     """Calls a second of the reference's PGD-20, after a first one that is not counted."""
+    eval_all.exact_float32()
     model = reference_model(args.arch, args.size, args.device).eval()
     with mock.patch.object(torch, "channels_last", torch.contiguous_format):
         x, y = x.to(args.device), y.to(args.device)
@@ -357,6 +358,7 @@ def layer_step(layer: torch.nn.Module, x: torch.Tensor, amp: bool, backward: boo
 
 def bench_layers(args: argparse.Namespace) -> list[dict]:
     """Time over the plain convolution's, by correlation: 3x3, 64 to 128 channels, 28 pixels, batch 64."""
+    eval_all.exact_float32()
     x = torch.rand(64, 64, 28, 28, device=args.device).contiguous(memory_format=torch.channels_last)
     layers = {"plain": torch.nn.Conv2d(64, 128, 3, padding=1, bias=False)} | {
         name: models.SphereConv2d(64, 128, 3, padding=1, correlation=name, manifold="sphere")

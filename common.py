@@ -74,6 +74,10 @@ def cli(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError as error:
         remedy = "a smaller --batch-size or, in training, the same one in parts with --accumulate 2"
         sys.exit(_complain(f"error: the GPU's memory is too small ({str(error)[:80]}...): try {remedy}", 2))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(_complain(f"error: a process that reads images was killed ({str(error)[:60]}): --resume goes on", 2))
     except Interrupted as stop:
         sys.exit(_complain(stop, stop.code))
     except KeyboardInterrupt:
@@ -183,8 +187,11 @@ SPLIT_SEED = 0  # the held-out images, the digits test split and a --limit subse
 class ImageFiles:
     """RGB images in files, read when they are asked for: to index it gives uint8 (B, 3, H, W), as its tensor would.
 
-    `train_view` and `test_view` are torchvision transforms from a PIL image to a uint8 tensor (3, H, W).
+    `train_view` and `test_view` are torchvision transforms from a PIL image to a uint8 tensor (3, H, W). `workers`
+    processes read at once, None for one a core.
     """
+
+    workers: int | None = None
 
     def __init__(self, files: list[str], size: int, train_view: Callable, test_view: Callable):
         self.files = np.array([os.fsencode(file) for file in files])  # workers share it: a list would be copied
@@ -203,23 +210,22 @@ class ImageFiles:
     def subset(self, rows: np.ndarray) -> "ImageFiles":
         return ImageFiles([os.fsdecode(file) for file in self.files[rows]], self.size, self.train_view, self.test_view)
 
-    def read(
-        self, batches: Sequence[Tensor], draws: Sequence[Tensor] | None = None, workers: int | None = None
-    ) -> Iterator[Tensor]:
-        """The images of each batch of rows (B,), read ahead by worker processes (default: one a core).
+    def read(self, batches: Sequence[Tensor], draws: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
+        """The images of each batch of rows (B,), read ahead by the workers.
 
         `draws`, a random number for each row, ask for the training view: it follows from the number alone, not from
         the worker or the order. Raises UserError naming an image that cannot be read.
         """
         draws = draws or [torch.full_like(rows, -1) for rows in batches]
         keys = [list(zip(rows.tolist(), draw.tolist(), strict=True)) for rows, draw in zip(batches, draws, strict=True)]
-        workers = min(os.cpu_count() or 1, len(keys)) if workers is None else workers
+        workers = min(cores(), len(keys)) if self.workers is None else self.workers
         pin = torch.cuda.is_available()
         loader = DataLoader(
             _Views(self),
             batch_sampler=keys,
             num_workers=workers,
             collate_fn=_stack_or_fault,
+            worker_init_fn=_leave_the_group,
             pin_memory=pin,
             generator=torch.Generator(),  # of its own: the run's generator goes on after a resume as if without it
         )
@@ -248,6 +254,18 @@ class _Views(Dataset):
         if tuple(image.shape) != self.images.shape[1:]:
             return f"{path}: an image {tuple(image.shape)}, where {self.images.shape[1:]} is needed"
         return image
+
+
+def cores() -> int:
+    """The cores that this process may use, of its machine's: its share, where several ranks run there."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _leave_the_group(worker: int) -> None:
+    """A signal to the run's group of processes must not kill a worker while the run finishes its batch."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def _stack_or_fault(images: list[Tensor | str]) -> Tensor | str:
@@ -537,20 +555,24 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
 
 
 def device_flag(text: str) -> str:
-    """An argparse type: cpu, or a CUDA device that this machine has."""
+    """An argparse type: cpu, or a CUDA device that this machine has; of several ranks there each has its own."""
+    rank, own = os.environ.get("LOCAL_RANK", "0"), int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+    if own and text == "cuda":
+        text = f"cuda:{rank}"
     try:
         if torch.device(text).type not in ("cpu", "cuda"):
             raise RuntimeError("cpu, cuda or cuda:N")
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not to be had here ({str(error).splitlines()[0]})") from None
+    if own and text not in ("cpu", f"cuda:{rank}"):
+        raise argparse.ArgumentTypeError(f"{text!r} would be that of every rank: say cuda, and each takes its own")
     return text
 
 
 def default_device() -> str:
-    """CUDA where there is one; under torchrun each rank of a machine has its own."""
-    rank = os.environ.get("LOCAL_RANK")
-    return ("cuda" if rank is None else f"cuda:{rank}") if torch.cuda.is_available() else "cpu"
+    """CUDA where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def computes_bf16(device: str) -> bool:
@@ -925,6 +947,7 @@ SCHEDULES = {  # lr / --lr as a function of the share of the run that is done, i
 }
 MAY_CHANGE = (
     "epochs",
+    "iterations",
     "resume",
     "out",
     "data_dir",
@@ -968,7 +991,8 @@ class Run:
         self.rank, self.ranks = rank_and_count()
         self.trained_on = "clean" if natural else "robust"  # what the running accuracy is
         self.part = 0  # of the batch, with --accumulate
-        self.carry, self.begun, self.signal = {}, None, None  # begun: the epoch in which the run was stopped
+        self.carry, self.begun = {}, None  # begun: the epoch in which the run was stopped
+        self.signal, self.handlers = None, {}  # the signal that came, and what it would meet without this run
         if replays > 1 and args.accumulate > 1:
             raise UserError("--accumulate: a replayed batch is trained on whole")
         if args.batch_size > len(data.y_train):
@@ -980,6 +1004,8 @@ class Run:
         if args.sync_bn:
             models.synchronize_batch_norm(self.model)
         if args.compile:
+            torch.compiler.reset()  # all models of a process share one count of variants, past which they run in eager
+            torch._dynamo.config.recompile_limit = 32  # training, attack and held-out batches of several sizes
             self.model.compile()
         self.optimizer = make_optimizer(model, args)
         self.steps_an_epoch = replays * (len(data.y_train) // args.batch_size)
@@ -991,14 +1017,19 @@ class Run:
             self.optimizer, lambda step: schedule(step / total), last_epoch=done - 1
         )
         self._to_device()
+
+    def _listen(self) -> None:
+        """From here on a signal lets the batch finish; a second one ends the process at once."""
         if self.ranks == 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._note)
-            signal.signal(signal.SIGTERM, self._note)
+            self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: object) -> None:
-        """A signal lets the batch finish; a second one ends the process at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
+
+    def _listen_no_more(self) -> None:
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
 
     def _open(self) -> None:
         """Make the run's directory, or take up the run that is in it, and say what is about to happen."""
@@ -1068,6 +1099,9 @@ class Run:
         data, device = self.data, self.args.device
         self.y_train, self.y_val = data.y_train.to(device), data.y_val.to(device)
         self.x_train, self.x_val = data.x_train, data.x_val
+        for images in (data.x_train, data.x_val):
+            if isinstance(images, ImageFiles):
+                images.workers = self.args.workers
         self.augment = bool(data.known and data.known.startswith("cifar"))
         if isinstance(data.x_train, Tensor):
             self.x_train = (F.pad(data.x_train, [4] * 4) if self.augment else data.x_train).to(device)
@@ -1091,7 +1125,7 @@ class Run:
         """This rank's uint8 images of each batch of rows, augmented: gathered on the device, or read from files."""
         if draws is not None:
             mine = [my_rows(rows) for rows in order], [my_rows(draw) for draw in draws]
-            yield from self.x_train.read(*mine, self.args.workers)
+            yield from self.x_train.read(*mine)
             return
         for rows in order:
             rows = my_rows(rows).to(self.args.device)
@@ -1099,9 +1133,13 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to do, counted from 1."""
-        while self.epoch < self.args.epochs:
-            self.epoch += 1
-            yield self.epoch
+        self._listen()
+        try:
+            while self.epoch < self.args.epochs:
+                self.epoch += 1
+                yield self.epoch
+        finally:
+            self._listen_no_more()
         if not self.history:
             return
         best = max(self.history, key=self._merit)
@@ -1158,6 +1196,7 @@ class Run:
         name, command = signal.Signals(self.signal).name, shlex.join(["python", *sys.argv])
         resume = "" if "--resume" in sys.argv else " --resume"
         told = f"stopped by {name} in epoch {self.epoch} after {done} batches; go on with: {command}{resume}"
+        self._listen_no_more()
         raise Interrupted(self.signal, told)
 
     def _show(self, images: int) -> None:
@@ -1175,7 +1214,8 @@ class Run:
         if weights and not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
             finite = min(finite, self.steps - 1)  # the last step, whose own loss was finite
         if finite < self.steps:
-            kept = f"{self.out / 'last.pt'} holds epoch {self.epoch - 1}" if self.history else "nothing was saved yet"
+            last = self.out / "last.pt"
+            kept = f"{last} holds what was saved before" if last.exists() else "nothing was saved yet"
             batch = 1 + int(finite) // (self.replays * self.args.accumulate)
             where = f"epoch {self.epoch}, batch {batch}"
             raise UserError(f"the loss or its gradient is not finite in {where}: {kept}; try a smaller --lr")
@@ -1257,19 +1297,23 @@ class Run:
         return merit[::-1] if self.trained_on == "clean" else merit
 
     def _held_out(self) -> tuple[float, float]:
-        """Clean and PGD accuracy in %, in float32, on the held-out images, with the training attack's eps and steps."""
+        """Clean and PGD accuracy in %, in float32 (on CUDA in TF32), on the held-out images, with the training attack's
+        eps and steps."""
 
         def loss(logits: Tensor, y: Tensor) -> Tensor:
             return margin_ce(logits, y, self.model.scale)
 
         args, right = self.args, torch.zeros(2, device=self.args.device)
         step_size = min(args.step_size, 2.5 * args.eps / args.steps)  # one-step methods train with a longer one
-        for rows in torch.arange(len(self.y_val)).split(args.batch_size):
+        batches = torch.arange(len(self.y_val)).split(args.batch_size)
+        mine = [rows for whole in batches if len(rows := whole[self.rank :: self.ranks])]
+        images = self.x_val.read(mine) if isinstance(self.x_val, ImageFiles) else (self.x_val[rows] for rows in mine)
+        for rows in batches:
             noise = torch.empty(len(rows), *self.x_val.shape[1:], device=args.device).uniform_(-args.eps, args.eps)
             rows, noise = (whole[self.rank :: self.ranks] for whole in (rows, noise))
             if not len(rows):
                 continue
-            x, y = to_float(self.x_val[rows].to(args.device)), self.y_val[rows]
+            x, y = to_float(next(images).to(args.device)), self.y_val[rows]
             self.model.amp = False  # in bfloat16 a saturated activation loses its gradient, and the attack its strength
             budget = {"eps": args.eps, "step_size": step_size, "steps": args.steps, "start": x + noise}
             x_adv = pgd(self.model, x, y, loss=loss, **budget)

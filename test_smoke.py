@@ -1,4 +1,5 @@
-"""Every script in every variant and every attack, end to end on a few digits, as a user runs them: under two minutes.
+"""Every script in every variant, and every attack that counts its steps, end to end on a few digits, as a user runs them:
+under two minutes, on the CPU.
 
 python -m pytest test_smoke.py
 """
@@ -59,9 +60,12 @@ VARIANTS = {
 }
 
 
+COSTLY = {"square", "zoo", "rays", "autoattack", "autoattack-official"}  # count queries: tests/test_blackbox.py
+
+
 def start(*command):
-    """Run a script to its end in a process of its own, on one thread, as several run at once."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    """Run a script to its end in a process of its own: as several run at once, on one thread, and on no GPU."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -97,6 +101,8 @@ def test_every_attack_on_several_checkpoints_at_once(runs, trained):
     names = ["pgd", "pgd_mhe", "angular_at", "dsphere_cosine"]
     few = ["mta-2", "feature-1", "apgd-ce-5", "apgd-t-3", "fab-t-3", "deepfool-3", "cw-l2-5", "spsa-1", "nes-1"]
     attacks = [*eval_all.PRESETS["quick"], "bim-20", "mim-20", "adaptive-pgd-20", *few]
+    functions = {eval_all.function_of(eval_all.find_attack(name)) for name in attacks}
+    assert functions == {eval_all.function_of(one) for name, one in eval_all.ATTACKS.items() if name not in COSTLY}
     flags = ["--attacks", ",".join(attacks), "--n", "10", "--out", runs / "eval"]
     result = start("eval_all.py", *[runs / name for name in names], *flags)
     assert result.returncode == 0, result.stderr

@@ -182,6 +182,8 @@ def test_iterations_become_whole_epochs(cli, tmp_path):
     flags = ["--limit", "180", "--batch-size", "40", "--iterations", "5", "--out", tmp_path / "run"]
     assert cli("train_dsphere", *flags)[0] == 0
     assert common.read_file(tmp_path / "run" / "last.pt")["epoch"] == 3  # two steps an epoch
+    assert cli("train_dsphere", *flags, "--iterations", "7", "--resume")[0] == 0
+    assert common.read_file(tmp_path / "run" / "last.pt")["epoch"] == 4
 
 
 # The paper's three numerical claims, on its linear model y = x . w + noise, x uniform on the unit sphere.

@@ -163,6 +163,16 @@ def test_a_signal_stops_between_two_batches_and_nothing_is_lost(
         assert rows[0] == rows[1]
 
 
+def test_a_finished_run_leaves_its_folder_and_the_signals_to_the_next(tmp_path):
+    """As in a notebook, where a process trains more than once and nothing goes through the shell."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    flags = [*FEW, "--schedule", "constant", "--out", str(tmp_path / "run")]
+    train_pgd_he.main([*flags, "--epochs", "1"])
+    train_pgd_he.main([*flags, "--epochs", "2", "--resume"])
+    assert common.read_file(tmp_path / "run" / "last.pt")["epoch"] == 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(cli, refused, tmp_path):
     flags = (*FEW, "--schedule", "constant", "--out", tmp_path / "run")
     assert cli("train_pgd_he", *flags, "--epochs", "1")[0] == 0
@@ -263,7 +273,10 @@ def test_a_broken_loss_or_gradient_names_its_batch_and_keeps_the_last_checkpoint
 
     monkeypatch.setattr(common.Run, "step", step)
     told = refused("train_pgd_he", *flags, "--epochs", "2", "--resume")
-    assert f"not finite in epoch 2, batch {6 if broken == 'weight' else 4}" in told and "last.pt holds epoch 1" in told
+    assert (
+        f"not finite in epoch 2, batch {6 if broken == 'weight' else 4}" in told
+        and "last.pt holds what was saved" in told
+    )
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 

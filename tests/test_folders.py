@@ -1,6 +1,12 @@
 """Datasets of image files, in small folders made here: layout, labels, augmentation, workers, faults, whole runs."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +84,8 @@ def test_imagenet_is_cropped_to_224_and_gray_images_become_color(imagenet):
     files = [*data.x_train.files, *data.x_val.files]
     assert sum(file.endswith(b"n01_0.JPEG") for file in files) == 1
     draws = [torch.arange(5)]
-    assert next(data.x_train.read([torch.arange(5)], draws, workers=0)).shape == (5, 3, 224, 224)
+    data.x_train.workers = 0
+    assert next(data.x_train.read([torch.arange(5)], draws)).shape == (5, 3, 224, 224)
 
 
 def test_the_training_view_follows_from_its_draw_alone_and_leaves_the_generator_as_it_was(tiny):
@@ -86,14 +93,16 @@ def test_the_training_view_follows_from_its_draw_alone_and_leaves_the_generator_
     rows = [torch.tensor([0, 1, 2]), torch.tensor([3, 0])]
     draws = [torch.tensor([5, 6, 7]), torch.tensor([8, 5])]
     state = torch.get_rng_state()
-    alone = list(x.read(rows, draws, workers=0))
+    x.workers = 0
+    alone = list(x.read(rows, draws))
     torch.set_rng_state(state)
-    shared = list(x.read(rows, draws, workers=2))
+    x.workers = 2
+    shared = list(x.read(rows, draws))
     after = torch.get_rng_state()
     assert torch.equal(state, after)
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
     assert torch.equal(alone[0][0], alone[1][1])
-    (other,) = x.read(rows[:1], [torch.tensor([15, 16, 17])], workers=0)
+    (other,) = x.read(rows[:1], [torch.tensor([15, 16, 17])])
     assert not torch.equal(other, alone[0])
 
 
@@ -111,6 +120,19 @@ def test_a_run_on_image_files_is_the_same_with_any_workers_and_resumes_bit_for_b
     assert code == 0, err
     result = json.loads((tiny / "whole" / "eval" / "eval.json").read_text())
     assert result["dataset"] == "tiny-imagenet" and result["attacks"]["clean"]["n"] == 7 and result["eps"] == 0.031
+
+
+def test_a_signal_to_all_processes_of_a_run_spares_the_workers_until_the_batch_is_done(tiny):
+    """As `timeout` or a batch system sends it."""
+    script, out = Path(common.__file__).with_name("train_pgd_he.py"), tiny / "run"
+    flags = ["--dataset", "tiny-imagenet", "--data-dir", tiny, "--arch", "small_cnn", "--batch-size", "8", "--out", out]
+    command = [sys.executable, script, *flags, "--steps", "1", "--epochs", "500", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (out / "log.csv").exists() and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    told = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 143 and "stopped by SIGTERM in epoch" in told, told
 
 
 def test_free_at_on_imagenet_with_its_settings(cli, imagenet):
