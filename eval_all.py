@@ -2248,9 +2248,11 @@ def plot_results(results: list[dict], path: Path) -> None:
 #
 #     {NAME on ATTACK}                 accuracy and interval; ATTACK + ATTACK is the worst case over both
 #     {NAME vs OTHER on ATTACK}        both, and whether McNemar's test tells them apart, image by image
-#     {NAME on audit}, {NAME on angles}, and {runs}: how each model was trained and evaluated
+#     {NAME on audit}, {NAME on angles}
+#     {runs of PREFIX}                 how each model whose NAME begins so was trained and evaluated
 #     ```table ATTACK, ATTACK, ...     then a line a row: label | NAME | the paper's figures, in the columns' order
-#     ```bars FILE.png ATTACK, ...     the same rows as a bar chart
+#     ```compare ATTACK, ATTACK, ...   then a line a row: label | NAME vs OTHER | the paper's differences
+#     ```bars FILE.png ATTACK, ...     rows of a table as a bar chart
 #     ```lines FILE.png ATTACK; AXIS   then a line a row: label | NAME, with * for the value | the values, along AXIS
 #     ```grid FILE.png ATTACK; AXIS    the same rows as a grid of cells
 #
@@ -2377,6 +2379,12 @@ def cell(ours: str | dict | None, paper: str) -> str:
     return f"{ours or ''} {f'<sub>{paper}</sub>' if paper not in ('', '-') else ''}".strip()
 
 
+def as_table(heads: list[str], lines: list[list[str]]) -> str:
+    if not lines:
+        return "*No row of this table has been evaluated yet.*"
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))
+
+
 def draw_table(about: str, rows: list[list[str]], found: Evaluations) -> str:
     """A table in Markdown: rows are label, NAME and the paper's figures, - where it has none."""
     columns, lines, counts = re.split(r",\s*", about), [], {}
@@ -2396,12 +2404,9 @@ def draw_table(about: str, rows: list[list[str]], found: Evaluations) -> str:
             raise ValueError(f"{label} has more figures of the paper than columns")
         cells = map(cell, ours, papers + [""] * (len(columns) - len(papers)))
         lines.append([f"{label} `{Path(name).name}`", str(len(seeds)), *cells])
-    if not lines:
-        return "*No row of this table has been evaluated yet.*"
     sizes = {column: " / ".join(f"{n:,}" for n in sorted(counts[column])) for column in columns if counts.get(column)}
     heads = [f"{column}<br>n = {sizes[column]}" if column in sizes else column for column in columns]
-    lines = [["", "seeds", *heads], ["---"] * (2 + len(columns)), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return as_table(["", "seeds", *heads], lines)
 
 
 def draw_bars(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
@@ -2483,9 +2488,10 @@ def one_figure(found: Evaluations, name: str, attack: str) -> str:
     raise common.UserError(f"report.md: there is no evaluation of {name} under {attack}")
 
 
-def compared(found: Evaluations, name: str, other: str, attack: str) -> str:
-    """Both accuracies on the images that both saw. More or less is said where the test finds a difference for every
-    seed, and the worst seed of the one is better than the best of the other."""
+def compare(found: Evaluations, name: str, other: str, attack: str) -> dict | None:
+    """Mean accuracies of both, `ours` and `theirs`, on the images that both saw, p of each of the `seeds`, the least n,
+    and the `verdict`: more or less where the test finds a difference for every seed, and the worst seed of the one is
+    better than the best of the other. None where no seed of both has verdicts."""
     pairs = {}
     for seed in sorted(found.get(name, {}).keys() & found.get(other, {}).keys()):
         models = [found[one][seed] for one in (name, other)]
@@ -2496,27 +2502,59 @@ def compared(found: Evaluations, name: str, other: str, attack: str) -> str:
             p = min(1.0, 2 * min(chance(a, b), chance(b, a)))
             pairs[seed] = 100 * float(a.double().mean()), 100 * float(b.double().mean()), p, len(a)
     if not pairs:
+        return None
+    ours, theirs, p, n = zip(*pairs.values(), strict=True)
+    apart = "more" if min(ours) > max(theirs) else "less" if max(ours) < min(theirs) else "no difference"
+    verdict = apart if max(p) < 0.05 else "no difference"
+    means = {"ours": statistics.fmean(ours), "theirs": statistics.fmean(theirs)}
+    return means | {"seeds": list(pairs), "p": p, "n": min(n), "verdict": verdict}
+
+
+def compared(found: Evaluations, name: str, other: str, attack: str) -> str:
+    """A comparison in words."""
+    result = compare(found, name, other, attack)
+    if not result:
         raise common.UserError(f"report.md: no seed of {name} and {other} has verdicts under {attack}")
-    ours, others, ps, counts = zip(*pairs.values(), strict=True)
-    word = "more" if min(ours) > max(others) else "less" if max(ours) < min(others) else "no difference"
-    verdict = word if max(ps) < 0.05 else "no difference"
-    told = ", ".join("< 0.001" if p < 0.001 else f"{p:.2g}" for p in ps)
-    which = f"n = {min(counts):,}, seed{'s' * (len(pairs) > 1)} {', '.join(map(str, pairs))}"
-    return f"{statistics.fmean(ours):.2f} against {statistics.fmean(others):.2f} ({verdict}: p {told}; {which})"
+    told = ", ".join("< 0.001" if p < 0.001 else f"{p:.2g}" for p in result["p"])
+    seeds = f"seed{'s' * (len(result['seeds']) > 1)} {', '.join(map(str, result['seeds']))}"
+    figures = f"{result['ours']:.2f} against {result['theirs']:.2f}"
+    return f"{figures} ({result['verdict']}: p {told}; n = {result['n']:,}, {seeds})"
 
 
-def runs_table(found: Evaluations) -> str:
-    """How each model was trained, how long that and its attacks took, in minutes, the mean over seeds, and where."""
-    lines = ["| run | seeds | network | epochs, images | training | attacks | hardware |", "| --- " * 7 + "|"]
+def draw_comparisons(about: str, rows: list[list[str]], found: Evaluations) -> str:
+    """A table of differences in points, bold where the comparison calls them one; - where there is none to make."""
+    columns, lines = re.split(r",\s*", about), []
+    for label, names, *papers in rows:
+        name, other = names.split(" vs ")
+        results = [compare(found, name, other, column) for column in columns]
+        papers = re.split(r",\s*", papers[0]) if papers else ["-"] * len(columns)
+        cells = []
+        for result, paper in zip(results, papers, strict=True):
+            difference = f"{result['ours'] - result['theirs']:+.2f}" if result else ""
+            bold = "**" * bool(result and result["verdict"] != "no difference")
+            cells.append(cell(f"{bold}{difference}{bold}", paper))
+        if seeds := dict.fromkeys(", ".join(map(str, result["seeds"])) for result in results if result):
+            lines.append([label, " / ".join(seeds), *cells])
+        else:
+            print(f"--report: no evaluation of {names}, left out", file=sys.stderr)
+    return as_table(["", "seeds", *columns], lines)
+
+
+def runs_table(found: Evaluations, prefix: str) -> str:
+    """How each model whose NAME begins so was trained, the minutes that it and its attacks took (the mean over seeds),
+    and where."""
+    heads, lines = ["run", "seeds", "network", "epochs, images", "training", "attacks", "hardware"], []
     for name, seeds in found.items():
+        if not name.startswith(prefix):
+            continue
         facts = [model.facts for model in seeds.values()]
         args, times = facts[0].get("args", {}), ("training_seconds", "seconds")
         minutes = [f"{statistics.fmean(fact.get(key, math.nan) for fact in facts) / 60:.1f}" for key in times]
         size = f"{args.get('epochs', '?')}, {args.get('limit') or 'all'}"
         places = dict.fromkeys(str(fact.get(key)) for fact in facts for key in ("training_hardware", "hardware"))
-        cells = [f"`{name}`", ", ".join(map(str, seeds)), args.get("arch", "?"), size, *minutes, "; ".join(places)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        made = [f"`{name.removeprefix(prefix)}`", ", ".join(map(str, seeds)), args.get("arch", "?"), size]
+        lines.append([*made, *minutes, "; ".join(places)])
+    return as_table(heads, lines)
 
 
 def fill_in(text: str, found: Evaluations, out: Path) -> str:
@@ -2527,8 +2565,8 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
         rows = [[part.strip() for part in line.split("|")] for line in lines]
         name, _, about = first.partition(" ")
         try:
-            if kind == "table":
-                return draw_table(first, rows, found)
+            if kind in ("table", "compare"):
+                return {"table": draw_table, "compare": draw_comparisons}[kind](first, rows, found)
             (out.parent / name).parent.mkdir(parents=True, exist_ok=True)
             {"bars": draw_bars, "lines": draw_lines, "grid": draw_grid}[kind](out.parent / name, about, rows, found)
         except (ValueError, IndexError, OSError) as error:
@@ -2542,9 +2580,9 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
         except ValueError as error:
             raise common.UserError(f"report.md: {match[0]}: {error}") from None
 
-    text = re.sub(r"^```(table|bars|lines|grid) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```(table|compare|bars|lines|grid) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"\{(\S+)(?:\s+vs\s+(\S+))?\s+on\s+([^}]+)\}", figure, text)
-    return text.replace("{runs}", runs_table(found))
+    return re.sub(r"\{runs of (\S+)\}", lambda match: runs_table(found, match[1]), text)
 
 
 def write_report(folders: list[Path], out: Path) -> None:
