@@ -957,6 +957,18 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return 100 * max(low, 0.0), 100 * min(high, 1.0)
 
 
+def floats(images: Tensor | common.ImageFiles, rows: Tensor, device: torch.device | str) -> Tensor:
+    """These rows (B,) of the images as a model takes them, (B, C, H, W) in [0, 1] on the device. A test set stays in
+    uint8 on the CPU, where all of ImageNet's fits."""
+    x = images[rows.cpu()].to(device)
+    return common.to_float(x) if x.dtype == torch.uint8 else x
+
+
+def in_batches(images: Tensor, size: int, device: torch.device | str) -> Iterator[Tensor]:
+    for rows in torch.arange(len(images)).split(size):
+        yield floats(images, rows, device)
+
+
 @torch.no_grad()
 def predict_logits(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
@@ -987,7 +999,7 @@ def digest(nets: list[nn.Module], *tensors: Tensor) -> "hashlib._Hash":
     found = hashlib.sha256()
     weights = [value for net in nets for value in net.state_dict().values() if isinstance(value, Tensor)]
     for tensor in (*weights, *tensors):
-        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return found
 
 
@@ -1137,7 +1149,7 @@ def attack_batch(
 ) -> dict:
     """One attack on a batch of `rows`, judged: `right` and `distance` (B,) to the misclassified image, `passes`,
     `faults`."""
-    within, start, x, y = threat(attack, settings), time.perf_counter(), x[rows], y[rows]
+    within, start, x, y = threat(attack, settings), time.perf_counter(), floats(x, rows, y.device), y[rows]
     torch.manual_seed(seed)
     try:
         with crafting(model, attack, settings["amp"]) as passes:
@@ -1192,7 +1204,7 @@ def run_attack(
 def evaluate(
     model: nn.Module, attacks: dict[str, Attack], x: Tensor, y: Tensor, settings: dict, journal: Journal | None = None
 ) -> dict:
-    """Run the attacks on images x (N, C, H, W) in [0, 1] with labels y (N,).
+    """Run the attacks on images x (N, C, H, W), uint8 or in [0, 1], with labels y (N,) on the model's device.
 
     settings: known (dataset), norm, eps, step_size (None: by attack), restarts, batch_size, seed, amp. Returns
     `prediction` (N,), in float32, and `attacks`, for each of them `attacked` (N,), right clean, `right` (N,) under it,
@@ -1200,7 +1212,7 @@ def evaluate(
     """
     model.eval()
     journal = journal or Journal()
-    prediction = torch.cat([predict(model, part) for part in x.split(settings["batch_size"])])
+    prediction = torch.cat([predict(model, part) for part in in_batches(x, settings["batch_size"], y.device)])
     outcomes = {}
     for name, attack in attacks.items():
         outcomes[name] = run_attack(model, name, attack, x, y, prediction == y, settings, journal)
@@ -1253,7 +1265,7 @@ def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict, ranks: Ranks |
     The attacks are on s * logits, the logits that the model was trained with, and in the norm of the evaluation.
     """
     rows = spread(len(y), AUDIT_IMAGES)
-    x, y = x[rows], y[rows]
+    x, y = floats(x, rows, y.device), y[rows]
     settings = settings | {"restarts": 1, "step_size": None}
     clean_right = torch.cat([predict(model, part) for part in x.split(settings["batch_size"])]) == y
     eps, checks = settings["eps"], []
@@ -1504,8 +1516,7 @@ def right_on(model: nn.Module, images: Tensor | common.ImageFiles, y: Tensor, se
     """Whether the prediction is right on each of settings["n"] images, bool (N,) on the CPU."""
     right = []
     for rows in subset(len(y), settings["n"]).split(settings["batch_size"]):
-        x = images[rows].to(settings["device"])
-        prediction = predict(model, common.to_float(x) if x.dtype == torch.uint8 else x).cpu()
+        prediction = predict(model, floats(images, rows, settings["device"])).cpu()
         right.append(prediction == y[rows].cpu())
     return torch.cat(right)
 
@@ -1671,7 +1682,7 @@ def robustness_curves(model: nn.Module, x: Tensor, y: Tensor, settings: dict, st
     `right` {attack: [...]}. Restarts add up: each one attacks what the ones before it left standing.
     """
     model.eval()
-    clean = torch.cat([predict(model, part) for part in x.split(settings["batch_size"])]) == y
+    clean = torch.cat([predict(model, part) for part in in_batches(x, settings["batch_size"], y.device)]) == y
     base = settings | {"restarts": 1, "step_size": None}
 
     def right(name: str, steps: int, alive: Tensor = clean, **changed: float) -> Tensor:
@@ -1817,7 +1828,7 @@ def angles(model: models.Classifier, x: Tensor, y: Tensor) -> dict:
     weight = model.fc.centers if hasattr(model.fc, "centers") else model.fc.weight
     gram = models.cosine(weight, weight)
     between = torch.rad2deg(models.arccos(gram[~torch.eye(len(gram), dtype=torch.bool, device=gram.device)]))
-    z = torch.cat([model.features(part) for part in x.split(250)])
+    z = torch.cat([model.features(part) for part in in_batches(x, 250, y.device)])
     within = torch.rad2deg(models.arccos(models.cosine(z, weight).gather(1, y[:, None])))
     return {"smallest": float(between.min()), "largest": float(between.max()), "within": float(within.mean())}
 
@@ -1863,39 +1874,43 @@ ANALYSES = ("curves", "gradients", "features", "angles", "examples")
 
 
 def analyze(names: list[str], model: nn.Module, x: Tensor, y: Tensor, settings: dict, folder: Path) -> dict:
-    """The analyses called `names` under PGD-20 on the training loss; each gives its data, and FOLDER/NAME.png but for
-    the angles."""
+    """The analyses called `names`; each gives its data, and FOLDER/NAME.png but for the angles. Features, gradients and
+    examples are of at most 2,000 images, under PGD-20 on the training loss."""
     torch.manual_seed(settings["seed"])
     budget = {"eps": settings["eps"], "norm": settings["norm"], "step_size": 2.5 * settings["eps"] / 20, "steps": 20}
-    if set(names) - {"curves", "angles"}:
-        parts = zip(x.split(settings["batch_size"]), y.split(settings["batch_size"]), strict=True)
-        x_adv = torch.cat([common.pgd(model, a, b, loss=training_ce(model, 0.0), **budget) for a, b in parts])
     found = {}
     if "curves" in names:
         found["curves"] = robustness_curves(model, x, y, settings)
         plot_robustness_curves(found["curves"], folder / "curves.png")
-    if "gradients" in names:
-        rows = spread(len(y), 100)
-        found["gradients"] = gradient_norm_ratio(model, x[rows], x_adv[rows], y[rows])
-        plot_gradient_norm_ratio(found["gradients"], folder / "gradients.png")
-    if "features" in names:
-        rows = spread(len(y), 2000)
-        found["features"] = feature_map(model, x[rows], x_adv[rows], y[rows], settings["seed"])
-        plot_feature_map(found["features"], folder / "features.png")
     if "angles" in names:
         found["angles"] = angles(model, x, y)
         print(describe_angles(found["angles"]))
+    if not set(names) - {"curves", "angles"}:
+        return found
+    rows = spread(len(y), 2000)
+    x, y = floats(x, rows, y.device), y[rows]
+    parts = zip(x.split(settings["batch_size"]), y.split(settings["batch_size"]), strict=True)
+    x_adv = torch.cat([common.pgd(model, a, b, loss=training_ce(model, 0.0), **budget) for a, b in parts])
+    if "gradients" in names:
+        few = spread(len(y), 100)
+        found["gradients"] = gradient_norm_ratio(model, x[few], x_adv[few], y[few])
+        plot_gradient_norm_ratio(found["gradients"], folder / "gradients.png")
+    if "features" in names:
+        found["features"] = feature_map(model, x, x_adv, y, settings["seed"])
+        plot_feature_map(found["features"], folder / "features.png")
     if "examples" in names:
-        found["examples"] = plot_examples(model, x, x_adv, y, folder / "examples.png")
+        shown = plot_examples(model, x, x_adv, y, folder / "examples.png")
+        found["examples"] = shown | {"row": rows[shown["row"]].tolist()}
     return found
 
 
 def corruptions(folder: str, model: nn.Module, x: Tensor, y: Tensor, settings: dict, out: Path) -> dict:
     """Accuracy on the published set in `folder`, or, where that is empty, on our own approximation of it."""
     if folder:
-        classes = predict_logits(model, x[:1]).shape[1]
+        classes = predict_logits(model, floats(x, torch.tensor([0]), y.device)).shape[1]
         sources, title = published_corruptions(Path(folder), tuple(x.shape[1:]), classes), folder
     else:
+        x = floats(x, torch.arange(len(y)), y.device)
         sources = {name: partial(approximate_corruption, x, y, name) for name in CORRUPTIONS}
         title = "our approximation, not the published -C set"
     result = corruption_accuracy(model, sources, settings)
@@ -1912,7 +1927,7 @@ def geodesic(model: nn.Module, meta: dict, x: Tensor, y: Tensor, settings: dict)
         "pgd-40": partial(common.pgd, loss=ce, **budget),
         "geodesic-pgd-40": partial(geodesic_pgd, thresholds=thresholds, **budget),
     }
-    results, size = {}, settings["batch_size"]
+    results, size, x = {}, settings["batch_size"], floats(x, torch.arange(len(y)), y.device)
     for name, attack in attacks.items():
         torch.manual_seed(settings["seed"])
         x_adv = torch.cat([attack(model, a, b) for a, b in zip(x.split(size), y.split(size), strict=True)])
@@ -2754,7 +2769,7 @@ def main(argv: list[str] | None = None) -> None:
     # Files may be ordered class by class, so a subset is drawn at random, the same for every model and every seed.
     order = np.random.default_rng(common.SPLIT_SEED).permutation(len(data.y_test))
     index = torch.from_numpy(np.sort(order[: args.n]))
-    x, y = common.to_float(data.x_test[index]).to(args.device), data.y_test[index].to(args.device)
+    x, y = data.x_test[index], data.y_test[index].to(args.device)
     out, results = output_folder(args, len(found)), []
     folders = [out / name.replace(":", "-") if len(found) > 1 else out for name, _, _ in found]
     for folder in folders:  # before the work, so that no result is lost for want of a place
