@@ -2567,7 +2567,7 @@ def runs_table(found: Evaluations, prefix: str) -> str:
         minutes = [f"{statistics.fmean(fact.get(key, math.nan) for fact in facts) / 60:.1f}" for key in times]
         size = f"{args.get('epochs', '?')}, {args.get('limit') or 'all'}"
         places = dict.fromkeys(str(fact.get(key)) for fact in facts for key in ("training_hardware", "hardware"))
-        made = [f"`{name.removeprefix(prefix)}`", ", ".join(map(str, seeds)), args.get("arch", "?"), size]
+        made = [f"`{name}`", ", ".join(map(str, seeds)), args.get("arch", "?"), size]
         lines.append([*made, *minutes, "; ".join(places)])
     return as_table(heads, lines)
 

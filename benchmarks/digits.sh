@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Rows for a grid and a curve on scikit-learn's digits, which RESULTS.md does not have yet: scale and margin of TRADES+HE
-# (HE, Table 9), steps of the attack in training (HE, Fig. 2). About 30 s a row.
+# The grid and the curve of RESULTS.md on scikit-learn's digits: scale and margin of TRADES+HE (HE, Table 9), steps of the
+# attack in training (HE, Fig. 2). About a minute a row.
 #
 #     benchmarks/digits.sh
 dataset=digits

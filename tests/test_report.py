@@ -99,7 +99,7 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     assert "60.00 against 40.00 (more: p < 0.001; n = 100, seed 0), " in text
     assert "95.00 against 95.00 (no difference: p 1, 1; n = 100, seeds 0, 1)" in text
     assert "audit fails 0 and 1 of 1; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
-    assert "| `one` | 0, 1 | net | 3, all | 10.0 | 4.0 | slide rule; abacus |" in text
+    assert "| `toy/one` | 0, 1 | net | 3, all | 10.0 | 4.0 | slide rule; abacus |" in text
     assert "| One over two | 0 | +0.00 | **+20.00** <sub>25</sub> |  |" in text
     assert "worst case<br>n = 4 / 100 |" in text and "*No row of this table has been evaluated yet.*" in text
     for about, name in (("clean, pgd-20", "bars"), ("pgd-20; steps", "lines"), ("clean; margin", "grid")):
