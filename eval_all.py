@@ -2654,7 +2654,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--device", type=common.device_flag, default=common.default_device(), help="(default: %(default)s)")
     text = "fill in DIR/report.md from the evaluations in DIR, folders NAME-sSEED, and write it to --out (RESULTS.md)"
     flag("--report", nargs="+", metavar="DIR", help=text)
-    flag("--out", help="(default: an eval folder beside the checkpoint; for several models ./eval)")
+    flag(
+        "--out",
+        help="(default: beside the checkpoint eval, or eval-NAME if it is no best.pt; of several models ./eval)",
+    )
     group = parser.add_argument_group("for a bare state dict")
     flag = group.add_argument
     flag("--arch", help="such as wrn-34-10")
@@ -2673,7 +2676,8 @@ def output_folder(args: argparse.Namespace, count: int) -> Path:
         return Path(args.out)
     if count > 1 or not args.checkpoints:
         return Path("eval")
-    return common.checkpoint_file(args.checkpoints[0]).parent / "eval"
+    file = common.checkpoint_file(args.checkpoints[0])
+    return file.parent / ("eval" if file.name == "best.pt" else f"eval-{file.stem}")
 
 
 def evaluation_settings(args: argparse.Namespace, data: common.Data, argv: list[str]) -> dict:

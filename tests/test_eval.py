@@ -215,7 +215,7 @@ def test_a_foreign_wide_resnet_is_evaluated_with_the_scale_of_its_head(cli, make
         arguments = ["--dataset", "cifar10", "--data-dir", tmp_path, "--arch", "wrn-10-1", "--head", head, *flags]
         code, _, err = cli("eval_all", tmp_path / f"{head}.pt", *arguments, "--attacks", "adaptive-pgd-2")
         assert code == 0, err
-        options = json.loads((tmp_path / "eval" / "eval.json").read_text())["model_options"]
+        options = json.loads((tmp_path / f"eval-{head}" / "eval.json").read_text())["model_options"]
         expected = {"he": (15.0, 0.2), "linear": (1.0, 0.0)}[head]
         assert (options["scale"], options["margin"]) == expected and ("mean" in options) == (head == "he")
 
