@@ -556,8 +556,8 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
 
 def device_flag(text: str) -> str:
     """An argparse type: cpu, or a CUDA device that this machine has; of several ranks there each has its own."""
-    rank, own = os.environ.get("LOCAL_RANK", "0"), int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
-    if own and text == "cuda":
+    rank, own = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+    if rank and text == "cuda":
         text = f"cuda:{rank}"
     try:
         if torch.device(text).type not in ("cpu", "cuda"):
@@ -718,6 +718,13 @@ def attack_mode(model: torch.nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def rounding(logits: Tensor) -> Tensor:
+    """How far two logits of an image may be apart, (B,), and still count as equal. An offset that all share is no
+    distance."""
+    spread = (logits - logits.mean(1, keepdim=True)).abs().amax(1)
+    return 1e-4 * spread + 1e-6 * logits.abs().amax(1)
+
+
 @torch.no_grad()
 def fooled(model: torch.nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
     """Which images x are misclassified by more than rounding can be, (B,) bool, for their logits (B, K).
@@ -725,8 +732,7 @@ def fooled(model: torch.nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tens
     What a bfloat16 pass takes for misclassified is confirmed in float32.
     """
     top, true = logits.amax(1), logits.gather(1, y[:, None]).squeeze(1)
-    spread = (logits - logits.mean(1, keepdim=True)).abs().amax(1)  # an offset that all share decides nothing
-    wrong = top - true > 1e-4 * spread + 1e-6 * logits.abs().amax(1)
+    wrong = top - true > rounding(logits)
     if getattr(model, "amp", False) and wrong.any():
         model.amp, rows = False, wrong.nonzero().flatten()
         wrong[rows] = fooled(model, x[rows], model(x[rows]), y[rows])
@@ -787,7 +793,7 @@ def pgd(
     and momentum > 0 is MIM's, on the L1-normalized gradient. Meanwhile the model is in eval mode and frozen.
 
     With drop_fooled an image is moved no further once it is misclassified, which saves its passes and makes the attack
-    the best of its steps, not the last. Raises UserError if a gradient of a model in eval mode is not finite.
+    the best of its steps, not the last. Raises UserError if a gradient is not finite, unless the caller is training.
     """
     x_adv = random_start(x, eps, norm) if start is None else project(start.detach(), x, eps, norm)
     velocity = torch.zeros_like(x) if momentum else None

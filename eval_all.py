@@ -389,7 +389,7 @@ def deepfool(
         logits = model(now)
         rises = logits.gather(1, others[row]) - logits.gather(1, y[row, None])
         standing = ~common.fooled(model, now, logits, y[row])
-        beyond = 2e-4 * logits.detach().abs().amax(1)  # what counts as fooled and not as rounding, twice over,
+        beyond = 2 * common.rounding(logits.detach())  # what counts as fooled, twice over
         planes = []
         for rise in rises.T:
             (w,) = torch.autograd.grad(rise.sum(), now, retain_graph=True)
@@ -935,14 +935,16 @@ def named_attacks(
         ["clean"],
         {**PRESETS, "paper": [name for method in methods for name in paper_attacks(method, known)]},
     )
-    for part in text.split(","):
-        names += presets.get(part.strip(), [part.strip()])
-        if part.strip() == "all" and importlib.util.find_spec("autoattack") is None:
-            names.remove("autoattack-official")
-            print(f"left out: {GET_AUTOATTACK}")
-        if not features and part.strip() in presets and "feature" in names:
-            names.remove("feature")
-            print("left out: feature, which needs a model with features(x)")
+    for part in map(str.strip, text.split(",")):
+        left_out = {}
+        if part == "all" and importlib.util.find_spec("autoattack") is None:
+            left_out["autoattack-official"] = GET_AUTOATTACK
+        if part in presets and not features:
+            left_out["feature"] = "the attack feature needs a model with features(x)"
+        chosen = presets.get(part, [part])
+        names += [name for name in chosen if name not in left_out]
+        for name in left_out.keys() & set(chosen):
+            print(f"left out: {left_out[name]}")
     return {name: find_attack(name) for name in dict.fromkeys(names)}
 
 
@@ -1008,8 +1010,9 @@ def identity(found: "Found", x: Tensor, y: Tensor, settings: dict) -> str:
     built with, or the file that a user's own comes from, images, settings."""
     one = digest([model for _, model, _ in found], x, y)
     for _, model, meta in found:
-        path, is_code, _ = meta["checkpoint"].rpartition(".py:")
-        one.update(Path(f"{path}.py").read_bytes() if is_code else json.dumps(model.options).encode())
+        path, is_code, function = meta["checkpoint"].rpartition(".py:")
+        made_by = Path(f"{path}.py").read_bytes() + function.encode() if is_code else json.dumps(model.options).encode()
+        one.update(made_by)
     one.update(json.dumps({k: v for k, v in settings.items() if k != "command"}).encode())
     return one.hexdigest()
 
@@ -2400,12 +2403,18 @@ def as_table(heads: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))
 
 
-def draw_table(about: str, rows: list[list[str]], found: Evaluations) -> str:
-    """A table in Markdown: rows are label, NAME and the paper's figures, - where it has none."""
-    columns, lines, counts = re.split(r",\s*", about), [], {}
+def columns_of(about: str) -> list[str]:
+    """The names in the head of a block, separated by commas. Raises UserError where one is no attack."""
+    columns = re.split(r",\s*", about)
     for column in columns:
         if column not in (AUDIT, WORST) and FROM not in column:
             find_attack(column)
+    return columns
+
+
+def draw_table(about: str, rows: list[list[str]], found: Evaluations) -> str:
+    """A table in Markdown: rows are label, NAME and the paper's figures, - where it has none."""
+    columns, lines, counts = columns_of(about), [], {}
     check_same_ball(model for _, name, *_ in rows for model in found.get(name, {}).values())
     for label, name, *papers in rows:
         seeds = complete(found.get(name, {}), columns)
@@ -2426,7 +2435,7 @@ def draw_table(about: str, rows: list[list[str]], found: Evaluations) -> str:
 
 def draw_bars(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
     """The accuracies of a table's rows, where all of them are known."""
-    columns, results = re.split(r",\s*", about), []
+    columns, results = columns_of(about), []
     check_same_ball(model for _, name, *_ in rows for model in found.get(name, {}).values())
     for label, name, *_ in rows:
         seeds = complete(found.get(name, {}), columns)
@@ -2449,6 +2458,7 @@ def draw_bars(path: Path, about: str, rows: list[list[str]], found: Evaluations)
 def series(pattern: str, values: str, attack: str, found: Evaluations) -> list[dict]:
     """The figures under one attack of the NAMEs that a pattern with * stands for, one for each of the values."""
     names = [pattern.replace("*", value) for value in values.split(",")]
+    check_same_ball(model for name in names for model in found.get(name, {}).values())
     figures = [over_seeds(complete(found.get(name, {}), [attack]), attack) for name in names]
     if missing := [name for name, row in zip(names, figures, strict=True) if row is None]:
         raise ValueError(f"there is no evaluation of {', '.join(missing)} under {attack}")
@@ -2537,8 +2547,8 @@ def compared(found: Evaluations, name: str, other: str, attack: str) -> str:
 
 
 def draw_comparisons(about: str, rows: list[list[str]], found: Evaluations) -> str:
-    """A table of differences in points, bold where the comparison calls them one; - where there is none to make."""
-    columns, lines = re.split(r",\s*", about), []
+    """A table of differences in points, bold where the comparison calls them one; empty where there is none to make."""
+    columns, lines = columns_of(about), []
     for label, names, *papers in rows:
         name, other = names.split(" vs ")
         results = [compare(found, name, other, column) for column in columns]
@@ -2716,7 +2726,7 @@ def refuse_what_cannot_be(args: argparse.Namespace, attacks: dict[str, Attack], 
             raise common.UserError(f"--geodesic: {name} holds no angles; train_dsphere.py writes them")
         if feature in map(function_of, attacks.values()) and not hasattr(model, "features"):
             raise common.UserError(f"the feature attack needs a model with features(x), and {name} has none")
-        for analysis, part in (("features", "features"), ("angles", "fc")):
+        for analysis, part in (("features", "features"), ("angles", "features"), ("angles", "fc")):
             if analysis in (args.analyze or ()) and not hasattr(model, part):
                 raise common.UserError(f"--analyze {analysis} needs a model with {part}, and {name} has none")
         if "gradients" in (args.analyze or ()) and not any(p.requires_grad for p in model.parameters()):

@@ -323,10 +323,12 @@ def test_what_a_model_of_the_user_cannot_serve_is_left_out_or_refused_before_the
     )
     model = ["--model", f"{tmp_path / 'mine.py'}:make", "--dataset", make_npz(shape=(8, 8)), "--out", tmp_path / "out"]
     assert "feature" in eval_all.named_attacks("all") and "feature" not in eval_all.named_attacks("all", features=False)
+    assert "feature" not in eval_all.named_attacks("paper", ("pgd_he", ""), "mnist", features=False)
+    assert "feature" in eval_all.named_attacks("feature,quick", features=False)
     for flags, complaint in (
         (["--attacks", "feature"], "needs a model with features(x)"),
         (["--attacks", "fgsm", "--analyze", "features"], "needs a model with features"),
-        (["--attacks", "fgsm", "--analyze", "angles"], "needs a model with fc"),
+        (["--attacks", "fgsm", "--analyze", "angles"], "needs a model with features"),
     ):
         code, _, err = cli("eval_all", *model, *flags)
         assert code == 2 and complaint in err.splitlines()[-1] and not (tmp_path / "out").exists(), err
@@ -404,6 +406,8 @@ def test_the_identity_of_an_evaluation_is_its_model_images_and_settings(small_mo
     before = eval_all.identity(theirs, x, y, SETTINGS)
     (tmp_path / "net.py").write_text("two")
     assert first != before != eval_all.identity(theirs, x, y, SETTINGS)
+    other = [("m", small_model, {"checkpoint": f"{tmp_path}/net.py:make_another"})]
+    assert eval_all.identity(other, x, y, SETTINGS) != eval_all.identity(theirs, x, y, SETTINGS)
     small_model.options["scale"] = 1.0  # changes no weight, but what an attack is told
     assert first != eval_all.identity(one(small_model), x, y, SETTINGS)
     small_model.options["scale"] = 15.0

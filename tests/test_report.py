@@ -141,6 +141,8 @@ def says(text):
     (says("```grid a clean; m\na | toy/no | 1\n```"), "evaluation of toy/no"),
     (says("```table clean\na | toy/one | 1, 2\n```"), "more figures of the paper"),
     (says("{toy/one vs other/net on clean}"), "put side by side"),
+    (says("```grid a.png clean; x\nOne | * | other/net,toy/one\n```"), "put side by side"),
+    (says("```compare clean, magic\nOne | toy/one vs toy/two\n```"), "unknown attack 'magic'"),
     (says("```table clean\nOne | toy/one\nAnother | other/net\n```"), "put side by side"),
     (says("```table magic\na | toy/one\n```"), "unknown attack 'magic'"),
     (says("```table clean\n\n\na | toy/one\n\na\n```"), "table clean: "),
@@ -173,7 +175,10 @@ def test_every_row_of_the_results_can_be_made_anew():
     """What report.md names is a row of the script that trains it."""
     benchmarks = Path(__file__).parent.parent / "benchmarks"
     named = set(
-        re.findall(r"(?<!results/)\b(mnist|cifar10_jpeg)/([\w.-]+)", (benchmarks / "results" / "report.md").read_text())
+        re.findall(
+            r"(?<!results/)(?<!runs}/)\b(mnist|cifar10_jpeg)/([\w.-]+)",
+            (benchmarks / "results" / "report.md").read_text(),
+        )
     )
     assert len(named) > 20
     for dataset, name in named:
