@@ -2305,7 +2305,8 @@ class Evaluated:
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise common.UserError(f"{path}: not the evaluation of one model ({error})") from None
         for fact in ("dataset", "norm", "eps", "weights"):
-            if result.get(fact) != self.facts.setdefault(fact, result.get(fact)):
+            told = result.get(fact)  # the first evaluations of a benchmark said nothing of weights
+            if told is not None and told != self.facts.setdefault(fact, told):
                 raise common.UserError(f"{path}: its {fact} is not that of the same model's other evaluations")
         rows, seconds = result["attacks"], sum(row.get("seconds", 0.0) for row in result["attacks"].values())
         analyses = self.facts["analyses"] | result.get("analyses", {})
