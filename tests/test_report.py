@@ -50,7 +50,15 @@ def write_evaluation(folder, rights, index=None, **facts):
         for name, right in rights.items()
     }
     rows["worst case"] = eval_all.accuracy_of(torch.from_numpy(np.all(list(rights.values()), axis=0)))
-    result = {"dataset": "toy", "norm": "linf", "eps": 0.3, "hardware": "abacus", "attacks": rows, **facts}
+    result = {
+        "dataset": "toy",
+        "norm": "linf",
+        "eps": 0.3,
+        "hardware": "abacus",
+        "attacks": rows,
+        "weights": "cd",
+        **facts,
+    }
     (folder / "eval.json").write_text(json.dumps(result))
     index = np.arange(len(rights["clean"])) if index is None else index
     np.savez(folder / "verdicts.npz", index=index, label=index % 10, **rights)
