@@ -45,6 +45,7 @@ except ImportError:  # not a POSIX system: two runs in one folder go unnoticed t
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
+STOPS = {signal.SIGINT, signal.SIGTERM}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -63,7 +64,7 @@ class Interrupted(Exception):
 def cli(main: Callable[[], None]) -> None:
     """Run a script's main(); faults that a user can mend become one line and exit code 2, Ctrl-C 130, SIGTERM 143."""
     keep_freed_memory()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     try:
         main()
         leave_ranks()
@@ -229,7 +230,9 @@ class ImageFiles:
             pin_memory=pin,
             generator=torch.Generator(),  # of its own: the run's generator goes on after a resume as if without it
         )
-        for images in loader:
+        with _hold_signals():
+            batches_of_images = iter(loader)
+        for images in batches_of_images:
             if isinstance(images, str):
                 raise UserError(images)
             yield images
@@ -262,10 +265,26 @@ def cores() -> int:
     return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+@contextmanager
+def _hold_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait, here and in processes that are begun meanwhile."""
+    if not hasattr(signal, "pthread_sigmask"):  # not a POSIX system
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_the_group(worker: int) -> None:
     """A signal to the run's group of processes must not kill a worker while the run finishes its batch."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+        while held := signal.sigpending() & STOPS:  # the group's, from before this process left it
+            signal.sigwait(held)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def _stack_or_fault(images: list[Tensor | str]) -> Tensor | str:
@@ -1027,7 +1046,7 @@ class Run:
     def _listen(self) -> None:
         """From here on a signal lets the batch finish; a second one ends the process at once."""
         if self.ranks == 1 and threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.handlers = {number: signal.signal(number, self._note) for number in STOPS}
 
     def _note(self, number: int, frame: object) -> None:
         self.signal = number

@@ -201,20 +201,21 @@ def feature(
 ) -> Tensor:
     """The feature attack (Lin et al. 2019): from a random start towards the features, in cosine, of another class.
 
-    `images` of other classes, drawn from the batch, are tried in turn on each image that still stands. Raises UserError
-    where there are none.
+    `images` of other classes, drawn from the batch, are tried in turn on each image that still stands; where the batch
+    has none, the image is driven away from its own features.
     """
-    if (y == y[0]).all():
-        raise common.UserError("a batch holds one class alone, so there are no features of another to aim at")
     with torch.no_grad():
         z = model.features(x)
     x_adv, standing = x.clone(), torch.arange(len(x), device=x.device)
     for _ in range(images):
-        other = (torch.rand(len(standing), len(x), device=x.device) * (y != y[standing, None])).argmax(1)
+        others = y != y[standing, None]
+        aim = (torch.rand(others.shape, device=x.device) * others).argmax(1)
+        towards = others.any(1)
+        z_aim, sign = z[torch.where(towards, aim, standing)], torch.where(towards, 1, -1)
         now = common.random_start(x[standing], eps, "linf")
         for _ in range(steps):
             now.requires_grad_()
-            similarity = F.cosine_similarity(model.features(now), z[other])
+            similarity = sign * F.cosine_similarity(model.features(now), z_aim)
             (grad,) = torch.autograd.grad(similarity.sum(), now)
             common.check_finite(grad)
             now = common.project(now.detach() + step_size * grad.sign(), x[standing], eps, "linf")

@@ -215,5 +215,5 @@ def test_differences_are_not_taken_in_bfloat16(small_model, name, expected):
     small_model.register_forward_hook(lambda model, *_: seen.add(model.amp))
     settings = dict(known="digits", norm="linf", eps=0.02, step_size=0.01, restarts=1, batch_size=4, amp=True)
     attack = partial(eval_all.find_attack(name), **({"queries": 300} if name == "zoo" else {}))
-    outcome = eval_all.attack_batch(name, attack, small_model, x, y, settings, seed=0)
+    outcome = eval_all.attack_batch(name, attack, small_model, x, y, torch.arange(len(y)), settings, seed=0)
     assert seen == expected and not small_model.amp and outcome["passes"] > 0
