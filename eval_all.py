@@ -2270,14 +2270,15 @@ def plot_results(results: list[dict], path: Path) -> None:
 #     {NAME on audit}, {NAME on angles}
 #     {runs of PREFIX}                 how each model whose NAME begins so was trained and evaluated
 #     ```table ATTACK, ATTACK, ...     then a line a row: label | NAME | the paper's figures, in the columns' order
-#     ```compare ATTACK, ATTACK, ...   then a line a row: label | NAME vs OTHER | the paper's differences
+#     ```compare ATTACK, ATTACK, ...   then a line a row: label | NAME vs OTHER | the paper's differences; NAME-sSEED vs
+#                                      OTHER-sSEED for two networks
 #     ```bars FILE.png ATTACK, ...     rows of a table as a bar chart
 #     ```lines FILE.png ATTACK; AXIS   then a line a row: label | NAME, with * for the value | the values, along AXIS
 #     ```grid FILE.png ATTACK; AXIS    the same rows as a grid of cells
 #
-# A column of a table may also be `audit`, or `worst case`: over the attacks of that table in the evaluation's ball, on
-# the images that all of them saw. Of several seeds the mean is given, and the interval from the lowest end of theirs to
-# the highest.
+# A column of a table may also be `audit`, or `worst case`: on the images that its columns share, over all attacks in
+# the ball of the evaluation that every seed faced there, with a column or without. Of several seeds the mean is given,
+# and the interval from the lowest end of theirs to the highest.
 
 Verdicts = tuple[np.ndarray, np.ndarray]  # index in the test set, ascending, and whether it is still right
 WORST, AUDIT = "worst case", "audit"
@@ -2382,10 +2383,23 @@ def audit_verdict(seeds: Seeds) -> str:
     return (f"fails {' and '.join(map(str, failed))} of {len(audits[0])}" if any(failed) else "passes") + of
 
 
+def all_in_the_ball(seeds: Seeds, columns: list[str]) -> str:
+    """`A + B`: the attacks in the ball that every seed faced on all images which those of the columns share."""
+
+    def faced(model: Evaluated) -> set[str]:
+        named = [model.verdicts[column] for column in columns if model.in_the_ball(column)]
+        if not named:
+            return set()
+        shared, _ = on_common_images(named)
+        inside = filter(model.in_the_ball, model.verdicts)
+        return {attack for attack in inside if np.isin(shared, model.verdicts[attack][0]).all()}
+
+    return " + ".join(sorted(set.intersection(*map(faced, seeds.values()))))
+
+
 def table_row(seeds: Seeds, columns: list[str]) -> list[str | dict | None]:
     """Of each column the figures over the seeds; of the audit its words."""
-    first = next(iter(seeds.values()))
-    worst = " + ".join(column for column in columns if first.in_the_ball(column))
+    worst = all_in_the_ball(seeds, columns)
     return [
         audit_verdict(seeds) if column == AUDIT else over_seeds(seeds, worst if column == WORST else column)
         for column in columns
@@ -2515,24 +2529,35 @@ def one_figure(found: Evaluations, name: str, attack: str) -> str:
     raise common.UserError(f"report.md: there is no evaluation of {name} under {attack}")
 
 
+def matched(found: Evaluations, name: str, other: str) -> dict[str, tuple[Evaluated, Evaluated]]:
+    """The models of both for each seed that both have; of NAME-sSEED and OTHER-sSEED these two."""
+    single = [re.fullmatch(r"(.+)-s(\d+)", one) for one in (name, other)]
+    if all(single):
+        (name, seed), (other, against) = (match.groups() for match in single)
+        seeds = {f"{seed} over {against}": (int(seed), int(against))}
+    else:
+        seeds = {str(seed): (seed, seed) for seed in sorted(found.get(name, {}))}
+    pairs = {label: (found.get(name, {}).get(a), found.get(other, {}).get(b)) for label, (a, b) in seeds.items()}
+    return {label: pair for label, pair in pairs.items() if None not in pair}
+
+
 def compare(found: Evaluations, name: str, other: str, attack: str) -> dict | None:
     """Mean accuracies of both, `ours` and `theirs`, on the images that both saw, p of each of the `seeds`, the least n,
     and the `verdict`: more or less where the test finds a difference for every seed, and the worst seed of the one is
     better than the best of the other. None where no seed of both has verdicts."""
     pairs = {}
-    for seed in sorted(found.get(name, {}).keys() & found.get(other, {}).keys()):
-        models = [found[one][seed] for one in (name, other)]
-        both = [model.under(attack) for model in models]
+    for seed, pair in matched(found, name, other).items():
+        both = [model.under(attack) for model in pair]
         if None not in both:
-            check_same_ball(models)
+            check_same_ball(pair)
             a, b = (torch.from_numpy(right) for right in on_common_images(both)[1])
             p = min(1.0, 2 * min(chance(a, b), chance(b, a)))
             pairs[seed] = 100 * float(a.double().mean()), 100 * float(b.double().mean()), p, len(a)
     if not pairs:
         return None
     ours, theirs, p, n = zip(*pairs.values(), strict=True)
-    apart = "more" if min(ours) > max(theirs) else "less" if max(ours) < min(theirs) else "no difference"
-    verdict = apart if max(p) < 0.05 else "no difference"
+    apart = "more" if min(ours) > max(theirs) else "less" if max(ours) < min(theirs) else "no difference shown"
+    verdict = apart if max(p) < 0.05 else "no difference shown"
     means = {"ours": statistics.fmean(ours), "theirs": statistics.fmean(theirs)}
     return means | {"seeds": list(pairs), "p": p, "n": min(n), "verdict": verdict}
 
@@ -2543,13 +2568,14 @@ def compared(found: Evaluations, name: str, other: str, attack: str) -> str:
     if not result:
         raise common.UserError(f"report.md: no seed of {name} and {other} has verdicts under {attack}")
     told = ", ".join("< 0.001" if p < 0.001 else f"{p:.2g}" for p in result["p"])
-    seeds = f"seed{'s' * (len(result['seeds']) > 1)} {', '.join(map(str, result['seeds']))}"
+    seeds = f"seed{'s' * (len(result['seeds']) > 1)} {', '.join(result['seeds'])}"
     figures = f"{result['ours']:.2f} against {result['theirs']:.2f}"
     return f"{figures} ({result['verdict']}: p {told}; n = {result['n']:,}, {seeds})"
 
 
 def draw_comparisons(about: str, rows: list[list[str]], found: Evaluations) -> str:
-    """A table of differences in points, bold where the comparison calls them one; empty where there is none to make."""
+    """A table of differences in points, empty where there is none to make. Where the comparison calls them one they are
+    bold, in italics if it has a single seed."""
     columns, lines = columns_of(about), []
     for label, names, *papers in rows:
         name, other = names.split(" vs ")
@@ -2558,9 +2584,10 @@ def draw_comparisons(about: str, rows: list[list[str]], found: Evaluations) -> s
         cells = []
         for result, paper in zip(results, papers, strict=True):
             difference = f"{result['ours'] - result['theirs']:+.2f}" if result else ""
-            bold = "**" * bool(result and result["verdict"] != "no difference")
-            cells.append(cell(f"{bold}{difference}{bold}", paper))
-        if seeds := dict.fromkeys(", ".join(map(str, result["seeds"])) for result in results if result):
+            differ = result and result["verdict"] != "no difference shown"
+            mark = "*" * min(2, len(result["seeds"])) if differ else ""
+            cells.append(cell(f"{mark}{difference}{mark}", paper))
+        if seeds := dict.fromkeys(", ".join(result["seeds"]) for result in results if result):
             lines.append([label, " / ".join(seeds), *cells])
         else:
             print(f"--report: no evaluation of {names}, left out", file=sys.stderr)
@@ -2570,7 +2597,8 @@ def draw_comparisons(about: str, rows: list[list[str]], found: Evaluations) -> s
 def runs_table(found: Evaluations, prefix: str) -> str:
     """How each model whose NAME begins so was trained, the minutes that it and its attacks took (the mean over seeds),
     and where."""
-    heads, lines = ["run", "seeds", "network", "epochs, images", "training", "attacks", "hardware"], []
+    heads = ["run", "seeds", "network", "epochs, images", "attacked: epoch", "training", "attacks", "hardware"]
+    lines = []
     for name, seeds in found.items():
         if not name.startswith(prefix):
             continue
@@ -2579,7 +2607,8 @@ def runs_table(found: Evaluations, prefix: str) -> str:
         minutes = [f"{statistics.fmean(fact.get(key, math.nan) for fact in facts) / 60:.1f}" for key in times]
         size = f"{args.get('epochs', '?')}, {args.get('limit') or 'all'}"
         places = dict.fromkeys(str(fact.get(key)) for fact in facts for key in ("training_hardware", "hardware"))
-        made = [f"`{name}`", ", ".join(map(str, seeds)), args.get("arch", "?"), size]
+        best = ", ".join(str(fact.get("epoch", "?")) for fact in facts)
+        made = [f"`{name}`", ", ".join(map(str, seeds)), args.get("arch", "?"), size, best]
         lines.append([*made, *minutes, "; ".join(places)])
     return as_table(heads, lines)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Rows for a CIFAR-10 table; RESULTS.md has none yet. They read DATA/cifar10_jpeg.npz, a copy of CIFAR-10 whose images
-# went through JPEG; for CIFAR-10 itself put cifar10 in its place below. Hours on a CPU.
+# The CIFAR-10 table of RESULTS.md. It reads DATA/cifar10_jpeg.npz, a copy of CIFAR-10 whose images went through JPEG; for
+# CIFAR-10 itself put cifar10 in its place below. Two hours a seed on two cores.
 #
 #     benchmarks/cifar10.sh                   # every row, seeds 0 and 1
 #     benchmarks/cifar10.sh pgd-he            # this row
@@ -8,13 +8,14 @@ dataset=cifar10_jpeg
 source "$(dirname "$0")/rows.sh"
 
 short="--arch wrn-10-2 --limit 20000 --epochs 10 --batch-size 128 --schedule cyclic --lr 0.1"
+like_he="--weight-decay 2e-4 --eps 8/255 --step-size 2/255" # HE's settings, so that the methods alone differ
 rows="
 pgd                at    train_pgd_he.py --head linear $short
 pgd-he             at    train_pgd_he.py $short
 trades-he          at    train_trades_he.py $short
-angular            at    train_angular_at.py $short
-weightpen          nat   train_weightpen.py --arch small_cnn --lr 1e-3 --schedule multistep --epochs 15
-dsphere            nat   train_dsphere.py --limit 20000 --epochs 10
+angular            at    train_angular_at.py $short $like_he
+weightpen          nat   train_weightpen.py --arch small_cnn --limit 20000 --lr 1e-3 --schedule multistep --epochs 15
+dsphere            nat   train_dsphere.py --arch dsphere_mnist --limit 20000 --epochs 10
 "
 
 evaluations() { # row, kind

@@ -68,17 +68,20 @@ evaluations() { # row, kind
     case $2 in
     at* | he*)
         evaluate "$1" "$1/fast" --amp --attacks $fast
-        evaluate "$1" "$1/strong" --amp --n 1000 --attacks autoattack --audit
+        evaluate "$1" "$1/strong" --amp --n 1000 --attacks autoattack
+        evaluate "$1" "$1/audit" --amp --attacks clean --audit
         ;;
     sphere) # its networks take four times as long as small_cnn
         evaluate "$1" "$1/fast" --amp --attacks fgsm,pgd-100@0.01
-        evaluate "$1" "$1/strong" --amp --n 200 --attacks autoattack --audit
+        evaluate "$1" "$1/strong" --amp --n 200 --attacks autoattack
+        evaluate "$1" "$1/audit" --amp --attacks clean --audit
         ;;
     speed) evaluate "$1" "$1/fast" --amp --attacks pgd-20,cw-inf ;;
     plane) evaluate "$1" "$1/fast" --n 2000 --attacks fgsm ;;
     *)
         evaluate "$1" "$1/fast" --attacks $fast
-        evaluate "$1" "$1/strong" --n 1000 --attacks square,autoattack --audit --analyze angles
+        evaluate "$1" "$1/strong" --n 1000 --attacks square,autoattack
+        evaluate "$1" "$1/audit" --attacks clean --audit --analyze angles
         ;;
     esac
     [[ $1 == *-s0 || ( $2 != at* && $2 != he* ) ]] || return 0

@@ -25,6 +25,8 @@ toy/two on pgd-20}, {toy/one vs toy/one on clean}.
 Its audit {toy/one on audit}; {toy/one on angles}.
 ```compare clean, pgd-20, square
 One over two | toy/one vs toy/two | -, 25, -
+Both seeds | toy/one vs toy/also | -, 25, -
+One seed over the other | toy/one-s1 vs toy/one-s0
 Never run | toy/three vs toy/two
 ```
 ```bars figures/bars.png clean, pgd-20
@@ -73,7 +75,12 @@ def results(tmp_path):
     """toy/one twice, with a second evaluation on some of the images, and toy/two."""
     for seed, right in ((0, 60), (1, 70)):
         rights = {"clean": first(95, 100), "pgd-20": first(right, 100)}
-        facts = {"training_seconds": 600, "training_hardware": "slide rule", "args": {"arch": "net", "epochs": 3}}
+        facts = {
+            "training_seconds": 600,
+            "training_hardware": "slide rule",
+            "args": {"arch": "net", "epochs": 3},
+            "epoch": 2,
+        }
         write_evaluation(tmp_path / "results" / f"toy/one-s{seed}" / "fast", rights, **facts)
         few = np.array([10, 40, 65, 99])
         audit = [{"check": "c", "figures": "", "passed": seed == 0}]
@@ -82,6 +89,8 @@ def results(tmp_path):
         folder = tmp_path / "results" / f"toy/one-s{seed}" / "strong"
         write_evaluation(folder, rights, few, audit=audit, analyses=found)
     write_evaluation(tmp_path / "results" / "toy/two-s0", {"clean": first(95, 100), "pgd-20": first(40, 100)})
+    for seed in (0, 1):
+        write_evaluation(tmp_path / "results" / f"toy/also-s{seed}", {"clean": first(9, 100), "pgd-20": first(9, 100)})
     write_evaluation(tmp_path / "results" / "other/net-s0", {"clean": first(95, 100)}, eps=0.1)
     for steps in (1, 2):
         rights = {"clean": first(90 + steps, 100), "pgd-20": first(50 + steps, 100)}
@@ -105,10 +114,12 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     assert f"| Two `two` | 1 | {clean} | {two} |  | {two} | not made |" in text and "Never run" not in text
     assert f"It stands 65.00 ({low:.2f} - {high:.2f}), 37.50 (" in text
     assert "60.00 against 40.00 (more: p < 0.001; n = 100, seed 0), " in text
-    assert "95.00 against 95.00 (no difference: p 1, 1; n = 100, seeds 0, 1)" in text
+    assert "95.00 against 95.00 (no difference shown: p 1, 1; n = 100, seeds 0, 1)" in text
     assert "audit fails 0 and 1 of 1; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
-    assert "| `toy/one` | 0, 1 | net | 3, all | 10.0 | 4.0 | slide rule; abacus |" in text
-    assert "| One over two | 0 | +0.00 | **+20.00** <sub>25</sub> |  |" in text
+    assert "| `toy/one` | 0, 1 | net | 3, all | 2, 2 | 10.0 | 4.0 | slide rule; abacus |" in text
+    assert "| One over two | 0 | +0.00 | *+20.00* <sub>25</sub> |  |" in text
+    assert "| Both seeds | 0, 1 | **+86.00** | **+56.00** <sub>25</sub> |  |" in text
+    assert "| One seed over the other | 1 over 0 | +0.00 | *+10.00* | +0.00 |" in text
     assert "worst case<br>n = 4 / 100 |" in text and "*No row of this table has been evaluated yet.*" in text
     for about, name in (("clean, pgd-20", "bars"), ("pgd-20; steps", "lines"), ("clean; margin", "grid")):
         assert f"![{about}](figures/{name}.png)" in text and (tmp_path / f"figures/{name}.png").stat().st_size > 5000
@@ -118,7 +129,7 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
 
 def test_a_difference_is_one_that_mcnemars_test_finds_and_that_seeds_do_not_turn():
     """12 images gained and 3 lost: p = 2 * P(at least 12 of 15 heads) = 0.035; 10 and 3: 0.092."""
-    for gained, p, verdict in ((10, "0.092", "no difference"), (12, "0.035", "more")):
+    for gained, p, verdict in ((10, "0.092", "no difference shown"), (12, "0.035", "more")):
         found = {"a": {0: eval_all.Evaluated()}, "b": {0: eval_all.Evaluated()}}
         b = np.arange(100) >= gained
         for name, right in (("a", np.arange(100) < 97), ("b", b)):
@@ -129,7 +140,19 @@ def test_a_difference_is_one_that_mcnemars_test_finds_and_that_seeds_do_not_turn
         found[name][1] = eval_all.Evaluated()
         found[name][1].facts["dataset"] = "toy"
         found[name][1].verdicts["pgd"] = (np.arange(100), right)
-    assert "no difference: p 0.035, < 0.001" in eval_all.compared(found, "a", "b", "pgd")
+    assert "no difference shown: p 0.035, < 0.001" in eval_all.compared(found, "a", "b", "pgd")
+
+
+def test_the_worst_case_is_over_all_attacks_that_every_seed_faced(results):
+    """With a column or without; but not over those in another ball, or on fewer images than the columns share."""
+    seeds = eval_all.read_evaluations([results])["toy/one"]
+    assert eval_all.all_in_the_ball(seeds, ["clean", "worst case"]) == "clean + pgd-20"
+    assert eval_all.all_in_the_ball(seeds, ["clean", "square"]).split(" + ") == ["clean", "pgd-20", "square"]
+    write_evaluation(results / "toy/one-s0/more", {"clean": first(95, 100), "mim-20": first(5, 100)})
+    assert "mim-20" not in eval_all.all_in_the_ball(eval_all.read_evaluations([results])["toy/one"], ["clean"])
+    for model in seeds.values():
+        model.rows["pgd-20"]["eps"] = 0.1
+    assert eval_all.all_in_the_ball(seeds, ["clean"]) == "clean" and not eval_all.all_in_the_ball(seeds, ["pgd-20"])
 
 
 def test_a_seed_that_lacks_an_attack_is_left_out(results):
@@ -191,7 +214,8 @@ def test_every_row_of_the_results_can_be_made_anew():
     assert len(named) > 20
     for dataset, name in named:
         script = (benchmarks / f"{dataset.removesuffix('_jpeg')}.sh").read_text()
-        assert re.search(rf'^(rows=")?{re.escape(name.removesuffix("-float32"))} ', script, re.MULTILINE), name
+        row = re.sub(r"(-float32)?(-s\d+)?$", "", name)
+        assert re.search(rf'^(rows=")?{re.escape(row)} ', script, re.MULTILINE), name
 
 
 def test_the_readmes_table_is_that_of_the_results():
