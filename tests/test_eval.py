@@ -65,6 +65,21 @@ def test_every_attack_is_judged_by_the_evaluator_and_the_worst_case_is_image_by_
     assert [result[name]["right"] for name in ("clean", "a", "b", "worst case")] == [4, 3, 3, 2]
 
 
+def test_a_batch_has_images_of_all_classes_though_they_come_in_order():
+    """The feature attack draws its aims from its batch."""
+    x, met = torch.cat([torch.full((10, 1, 1, 1), 0.2), torch.full((11, 1, 1, 1), 0.8)]), []
+
+    def spies(model, x, y, *, eps):
+        met.append(y.tolist())
+        return x + torch.where(y == 1, -eps, eps)[:, None, None, None] * (x < 0.5)
+
+    y = (x > 0.5).long().flatten()
+    settings = SETTINGS | {"batch_size": 5, "eps": 0.31}
+    outcome = eval_all.evaluate(Threshold(), {"clean": eval_all.clean, "spies": spies}, x, y, settings)
+    assert len(met) == 5 and all(set(batch) == {0, 1} for batch in met) and max(map(len, met)) == 5
+    assert outcome["attacks"]["spies"]["right"].tolist() == [False] * 10 + [True] * 11
+
+
 @pytest.mark.parametrize("offense, complaint", [
     (lambda x: (x + 0.11).clamp(0, 1), "left the ball"),
     (lambda x: x + 0.1, "left [0, 1]"),
