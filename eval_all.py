@@ -2584,7 +2584,7 @@ def draw_comparisons(about: str, rows: list[list[str]], found: Evaluations) -> s
         papers = re.split(r",\s*", papers[0]) if papers else ["-"] * len(columns)
         cells = []
         for result, paper in zip(results, papers, strict=True):
-            difference = f"{result['ours'] - result['theirs']:+.2f}" if result else ""
+            difference = f"{round(result['ours'] - result['theirs'], 2) + 0.0:+.2f}" if result else ""  # no -0.00
             differ = result and result["verdict"] != "no difference shown"
             mark = "*" * min(2, len(result["seeds"])) if differ else ""
             cells.append(cell(f"{mark}{difference}{mark}", paper))
