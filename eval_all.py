@@ -1190,11 +1190,12 @@ def run_attack(
     outcome |= {"passes": 0, "faults": 0, "seconds": 0.0}
     for restart in range(settings["restarts"] if function_of(attack) in START_AT_RANDOM else 1):
         standing = outcome["right"].nonzero().flatten()
-        count = math.ceil(len(standing) / settings["batch_size"])
-        batches = [standing[first::count] for first in range(count)]  # of all classes, though they may come in order
+        mixed = torch.randperm(len(standing), generator=torch.Generator().manual_seed(settings["seed"]))
+        # A batch is of all classes, in whatever order they come.
+        batches = standing[mixed.to(standing.device)].split(settings["batch_size"]) if len(standing) else ()
         tasks = {}
-        for first, rows in enumerate(batches):
-            key = f"{name}/{restart}/{first}::{count}"
+        for batch, rows in enumerate(batches):
+            key = f"{name}/{restart}/mixed {batch}"
             seed = zlib.crc32(f"{settings['seed']}/{key}".encode())  # whatever ran before
             tasks[key] = partial(attack_batch, name, attack, model, x, y, rows, settings, seed)
         for rows, piece in zip(batches, journal.gather(tasks), strict=True):

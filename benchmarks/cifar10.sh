@@ -8,12 +8,11 @@ dataset=cifar10_jpeg
 source "$(dirname "$0")/rows.sh"
 
 short="--arch wrn-10-2 --limit 20000 --epochs 10 --batch-size 128 --schedule cyclic --lr 0.1"
-like_he="--weight-decay 2e-4 --eps 8/255 --step-size 2/255" # HE's settings, so that the methods alone differ
 rows="
 pgd                at    train_pgd_he.py --head linear $short
 pgd-he             at    train_pgd_he.py $short
 trades-he          at    train_trades_he.py $short
-angular            at    train_angular_at.py $short $like_he
+angular            at    train_angular_at.py $short
 weightpen          nat   train_weightpen.py --arch small_cnn --limit 20000 --lr 1e-3 --schedule multistep --epochs 15
 dsphere            nat   train_dsphere.py --arch dsphere_mnist --limit 20000 --epochs 10
 "

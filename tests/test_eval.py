@@ -65,19 +65,20 @@ def test_every_attack_is_judged_by_the_evaluator_and_the_worst_case_is_image_by_
     assert [result[name]["right"] for name in ("clean", "a", "b", "worst case")] == [4, 3, 3, 2]
 
 
-def test_a_batch_has_images_of_all_classes_though_they_come_in_order():
+@pytest.mark.parametrize("order", [torch.arange(400).sort().indices, torch.arange(400).view(200, 2).T.flatten()])
+def test_a_batch_has_images_of_all_classes_in_whatever_order_they_come(order):
     """The feature attack draws its aims from its batch."""
-    x, met = torch.cat([torch.full((10, 1, 1, 1), 0.2), torch.full((11, 1, 1, 1), 0.8)]), []
+    x, met = torch.tensor([0.2, 0.8]).repeat_interleave(200)[order].view(400, 1, 1, 1), []
+    y = (x > 0.5).long().flatten()
 
     def spies(model, x, y, *, eps):
         met.append(y.tolist())
         return x + torch.where(y == 1, -eps, eps)[:, None, None, None] * (x < 0.5)
 
-    y = (x > 0.5).long().flatten()
-    settings = SETTINGS | {"batch_size": 5, "eps": 0.31}
+    settings = SETTINGS | {"batch_size": 20, "eps": 0.31}
     outcome = eval_all.evaluate(Threshold(), {"clean": eval_all.clean, "spies": spies}, x, y, settings)
-    assert len(met) == 5 and all(set(batch) == {0, 1} for batch in met) and max(map(len, met)) == 5
-    assert outcome["attacks"]["spies"]["right"].tolist() == [False] * 10 + [True] * 11
+    assert [len(batch) for batch in met] == [20] * 20 and all(set(batch) == {0, 1} for batch in met)
+    assert torch.equal(outcome["attacks"]["spies"]["right"], y == 1)
 
 
 @pytest.mark.parametrize("offense, complaint", [

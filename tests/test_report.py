@@ -1,5 +1,6 @@
 """--report fills a text in from eval.json and verdicts.npz: figures, intervals, worst case, McNemar's test."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -216,6 +217,35 @@ def test_every_row_of_the_results_can_be_made_anew():
         script = (benchmarks / f"{dataset.removesuffix('_jpeg')}.sh").read_text()
         row = re.sub(r"(-float32)?(-s\d+)?$", "", name)
         assert re.search(rf'^(rows=")?{re.escape(row)} ', script, re.MULTILINE), name
+
+
+def rows_of(script):
+    """What a script of benchmarks/ trains its rows with: {row: words}."""
+    text = script.read_text()
+    for _ in range(2):  # a variable may hold another
+        for name, value in re.findall(r'^(\w+)="([^"\n]*)"', text, re.MULTILINE):
+            text = text.replace(f"${name} ", f"{value} ").replace(f"${name}\n", f"{value}\n")
+    rows = re.search(r'^rows="\n(.*?)^"', text, re.MULTILINE | re.DOTALL)[1]
+    return {row: words for row, _, *words in map(str.split, rows.splitlines())}
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10_jpeg"])
+def test_the_committed_results_are_of_the_flags_in_the_scripts(dataset):
+    """Each network's arguments are those that its row has today, or has by default."""
+    benchmarks = Path(__file__).parent.parent / "benchmarks"
+    rows = rows_of(benchmarks / f"{dataset.removesuffix('_jpeg')}.sh")
+    paths = sorted((benchmarks / "results" / dataset).glob("*-s*/fast/eval.json"))
+    assert len(paths) > 5
+    for path in paths:
+        row, _, seed = path.parent.parent.name.rpartition("-s")
+        script, *flags = rows[row.removesuffix("-float32")]
+        method = importlib.import_module(script.removesuffix(".py"))
+        wanted = vars(method.parse_args([*flags, "--dataset", dataset, "--seed", seed]))
+        made = json.loads(path.read_text())["args"]
+        places = {"out", "resume", "data_dir"}
+        assert {key: made[key] for key in wanted if key in made and key not in places} == {
+            key: value for key, value in wanted.items() if key in made and key not in places
+        }, path
 
 
 def test_the_readmes_table_is_that_of_the_results():
