@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The CIFAR-10 table of RESULTS.md. It reads DATA/cifar10_jpeg.npz, a copy of CIFAR-10 whose images went through JPEG; for
-# CIFAR-10 itself put cifar10 in its place below. Two hours a seed on two cores.
+# CIFAR-10 itself put cifar10 in its place below. An hour and a half a seed on two cores.
 #
 #     benchmarks/cifar10.sh                   # every row, seeds 0 and 1
 #     benchmarks/cifar10.sh pgd-he            # this row
