@@ -657,12 +657,14 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     add("--batch-size", "images a step, over all ranks", type=number(int, 2))
     add("--optimizer", "sgd has momentum 0.9", choices=("sgd", "adam"))
     add("--lr", "peak learning rate", type=number(float, 0))
-    shapes = "x0.1 at 75 and 90 %% (multistep), at thirds, at 53 and 84 %% (late), x0.9 every 15 %% (gentle)"
+    shapes = (
+        "x0.1 at 75 and 90 %% (multistep), 50 and 75 (half), 53 and 84 (late), thirds; x0.9 every 15 (gentle)"
+    )
     add("--schedule", f"of the learning rate over the run: {shapes}", choices=tuple(SCHEDULES))
     add("--weight-decay", "L2 penalty on all parameters", type=number(float, 0))
     add("--eps", "Linf radius in pixel units", type=number(float, 0, 1))
     add("--step-size", "of the attack, in pixel units", type=number(float, 0, 1))
-    add("--steps", "of the attack", type=number(int, 1))
+    add("--steps", "of the attack; of one-step methods on the held-out images alone", type=number(int, 1))
     add("--eps-warmup", "epochs over which eps and step size rise from 0", type=number(float, 0))
     flag(
         "--seed",
@@ -696,6 +698,7 @@ def add_head_flags(
     flag("--head", default="he", choices=("linear", "he", "mhe"), help="W z + b, cos(theta) or -theta (default: he)")
     flag("--fn", action=on_off, default=True, help="normalize the features z (default: on; linear has none)")
     flag("--wn", action=on_off, default=True, help="normalize the class weights W_k (default: on; linear has none)")
+    source = "the plain method" if head == "linear" else source
     flag("--scale", type=number(float, 0), default=scale, help=f"s of the loss (default: {scale:g}; {source})")
     flag("--margin", type=number(float, 0), default=margin, help=f"m of the loss (default: {margin:g}; {source})")
 
@@ -967,6 +970,7 @@ SCHEDULES = {  # lr / --lr as a function of the share of the run that is done, i
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "gentle": lambda done: 0.9 ** int(done / 0.15),  # x0.9 every 60 of 400 epochs
     "thirds": lambda done: 0.1 ** ((done >= 1 / 3) + (done >= 2 / 3)),
+    "half": lambda done: 0.1 ** ((done >= 1 / 2) + (done >= 3 / 4)),
     "late": lambda done: 0.1 ** ((done >= 34 / 64) + (done >= 54 / 64)),  # at 34 k and 54 k of 64 k iterations
     "constant": lambda done: 1.0,
 }

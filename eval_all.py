@@ -57,6 +57,7 @@ from datetime import timedelta
 from functools import partial, reduce
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -952,9 +953,12 @@ def named_attacks(
 # -------------------------------------------------------------------------------------------------------- evaluator
 
 
+Z95 = 1.959964  # the normal distribution's 97.5 % point
+
+
 def wilson(right: int, n: int) -> tuple[float, float]:
     """The 95 % interval of a proportion right / n, in % (Wilson 1927)."""
-    z, p = 1.959964, right / n
+    z, p = Z95, right / n
     center, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (center - spread) / (1 + z * z / n), (center + spread) / (1 + z * z / n)
     return 100 * max(low, 0.0), 100 * min(high, 1.0)
@@ -2269,12 +2273,13 @@ def plot_results(results: list[dict], path: Path) -> None:
 #
 #     {NAME on ATTACK}                 accuracy and interval; ATTACK + ATTACK is the worst case over both
 #     {NAME vs OTHER on ATTACK}        both, and whether McNemar's test tells them apart, image by image
+#     {NAME - OTHER on ATTACK}         their difference in points: bold if it is one, in italics if of one seed
 #     {NAME on audit}, {NAME on angles}
 #     {runs of PREFIX}                 how each model whose NAME begins so was trained and evaluated
 #     ```table ATTACK, ATTACK, ...     then a line a row: label | NAME | the paper's figures, in the columns' order
 #     ```compare ATTACK, ATTACK, ...   then a line a row: label | NAME vs OTHER | the paper's differences; NAME-sSEED vs
 #                                      OTHER-sSEED for two networks
-#     ```bars FILE.png ATTACK, ...     rows of a table as a bar chart
+#     ```dots FILE.png ATTACK, ...     rows of a table as a figure, a line a row
 #     ```lines FILE.png ATTACK; AXIS   then a line a row: label | NAME, with * for the value | the values, along AXIS
 #     ```grid FILE.png ATTACK; AXIS    the same rows as a grid of cells
 #
@@ -2282,14 +2287,28 @@ def plot_results(results: list[dict], path: Path) -> None:
 # the ball of the evaluation that every seed faced there, with a column or without. Of several seeds the mean is given,
 # and the interval from the lowest end of theirs to the highest.
 
-Verdicts = tuple[np.ndarray, np.ndarray]  # index in the test set, ascending, and whether it is still right
-WORST, AUDIT = "worst case", "audit"
+WORST, AUDIT, NOT_SHOWN = "worst case", "audit", "no difference shown"
 
 
-def on_common_images(verdicts: list[Verdicts]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The indices that all of them have, and the verdicts of each on these."""
-    index = reduce(np.intersect1d, (own for own, _ in verdicts))
-    return index, [right[np.searchsorted(own, index)] for own, right in verdicts]
+class Verdicts(NamedTuple):
+    """Of test images by ascending index, each (N,): the index, the label, and whether the model is still right."""
+
+    index: np.ndarray
+    label: np.ndarray
+    right: np.ndarray
+
+    def at(self, index: np.ndarray) -> "Verdicts":
+        place = np.searchsorted(self.index, index)
+        return Verdicts(index, self.label[place], self.right[place])
+
+
+def on_common_images(verdicts: list[Verdicts]) -> list[Verdicts]:
+    """Each of them on the images that all of them have. Raises ValueError where these are not the same images."""
+    index = reduce(np.intersect1d, (own.index for own in verdicts))
+    shared = [own.at(index) for own in verdicts]
+    if any((own.label != shared[0].label).any() for own in shared):
+        raise ValueError("evaluations whose test images differ in their labels are put side by side: another order?")
+    return shared
 
 
 class Evaluated:
@@ -2305,7 +2324,8 @@ class Evaluated:
         try:
             result = json.loads(path.read_text())
             with np.load(path.with_name("verdicts.npz"), allow_pickle=False) as arrays:
-                found = {name: (arrays["index"], arrays[name]) for name in result["attacks"] if name != WORST}
+                images = arrays["index"], arrays["label"]
+                found = {name: Verdicts(*images, arrays[name]) for name in result["attacks"] if name != WORST}
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise common.UserError(f"{path}: not the evaluation of one model ({error})") from None
         for fact in ("dataset", "norm", "eps", "weights"):
@@ -2324,8 +2344,8 @@ class Evaluated:
         names = attacks.split(" + ")
         if not self.verdicts.keys() >= set(names):
             return None
-        index, rights = on_common_images([self.verdicts[name] for name in names])
-        return index, np.all(rights, axis=0)
+        shared = on_common_images([self.verdicts[name] for name in names])
+        return shared[0]._replace(right=np.all([own.right for own in shared], axis=0))
 
     def in_the_ball(self, attack: str) -> bool:
         row = self.rows.get(attack, {})
@@ -2366,14 +2386,20 @@ def check_same_ball(models: Iterable[Evaluated]) -> None:
 
 
 def over_seeds(seeds: Seeds, attack: str) -> dict | None:
-    """accuracy, its low and high end in %, and n; None where not all seeds were attacked so."""
+    """accuracy, its low and high end in %, n, and the `setting` in words; None where not all seeds were attacked so."""
     check_same_ball(seeds.values())
     verdicts = [model.under(attack) for model in seeds.values()]
     if not verdicts or None in verdicts:
         return None
-    rows = [accuracy_of(torch.from_numpy(right)) for _, right in verdicts]
-    ends = {"low": min(row["low"] for row in rows), "high": max(row["high"] for row in rows)}
-    return ends | {"accuracy": statistics.fmean(row["accuracy"] for row in rows), "n": min(row["n"] for row in rows)}
+    rows = [accuracy_of(torch.from_numpy(own.right)) for own in verdicts]
+    dataset, norm, eps = (next(iter(seeds.values())).facts[fact] for fact in ("dataset", "norm", "eps"))
+    return {
+        "accuracy": statistics.fmean(row["accuracy"] for row in rows),
+        "low": min(row["low"] for row in rows),
+        "high": max(row["high"] for row in rows),
+        "n": min(row["n"] for row in rows),
+        "setting": f"{dataset}, {NORMS[norm]} eps {eps:.3g}",
+    }
 
 
 def audit_verdict(seeds: Seeds) -> str:
@@ -2392,9 +2418,9 @@ def all_in_the_ball(seeds: Seeds, columns: list[str]) -> str:
         named = [model.verdicts[column] for column in columns if model.in_the_ball(column)]
         if not named:
             return set()
-        shared, _ = on_common_images(named)
+        shared = on_common_images(named)[0].index
         inside = filter(model.in_the_ball, model.verdicts)
-        return {attack for attack in inside if np.isin(shared, model.verdicts[attack][0]).all()}
+        return {attack for attack in inside if np.isin(shared, model.verdicts[attack].index).all()}
 
     return " + ".join(sorted(set.intersection(*map(faced, seeds.values()))))
 
@@ -2408,10 +2434,14 @@ def table_row(seeds: Seeds, columns: list[str]) -> list[str | dict | None]:
     ]
 
 
+def reach(value: float, row: dict) -> float:
+    """The longer arm of the interval around a value."""
+    return max(row["high"] - value, value - row["low"])
+
+
 def cell(ours: str | dict | None, paper: str) -> str:
     if isinstance(ours, dict):
-        reach = max(ours["high"] - ours["accuracy"], ours["accuracy"] - ours["low"])
-        ours = f"{ours['accuracy']:.2f} ± {reach:.2f}"
+        ours = f"{ours['accuracy']:.2f} ± {reach(ours['accuracy'], ours):.2f}"
     return f"{ours or ''} {f'<sub>{paper}</sub>' if paper not in ('', '-') else ''}".strip()
 
 
@@ -2451,26 +2481,43 @@ def draw_table(about: str, rows: list[list[str]], found: Evaluations) -> str:
     return as_table(["", "seeds", *heads], lines)
 
 
-def draw_bars(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
-    """The accuracies of a table's rows, where all of them are known."""
-    columns, results = columns_of(about), []
+def known_rows(columns: list[str], rows: list[list[str]], found: Evaluations) -> dict[str, list[dict]]:
+    """The figures, by label, of those rows of a table that have one in each column."""
     check_same_ball(model for _, name, *_ in rows for model in found.get(name, {}).values())
+    known = {}
     for label, name, *_ in rows:
         seeds = complete(found.get(name, {}), columns)
-        figures = {column: over_seeds(seeds, column) for column in columns}
-        if all(figures.values()):
-            facts = next(iter(seeds.values())).facts
-            results.append(
-                {key: facts[key] for key in ("dataset", "norm", "eps")} | {"model": label, "attacks": figures}
-            )
+        figures = table_row(seeds, columns) if seeds else [None]
+        if None in figures:
+            print(f"--report: no evaluation of {name} under all of {', '.join(columns)}, left out", file=sys.stderr)
         else:
-            print(f"--report: no evaluation of {name} under all of {about}: it has no bars", file=sys.stderr)
-    for column in columns:
-        sizes = sorted({result["attacks"][column]["n"] for result in results})
-        for result in results:
-            bars = result["attacks"].pop(column)
-            result["attacks"][f"{column}, n = {' / '.join(f'{n:,}' for n in sizes)}"] = bars
-    plot_results(results, path)
+            known[label] = figures
+    if not known:
+        raise ValueError("no row has been evaluated so")
+    return known
+
+
+def draw_dots(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
+    """The accuracies of a table's rows with their intervals, a line a row, a marker an attack."""
+    plt = pyplot()
+    columns = columns_of(about)
+    known = known_rows(columns, rows, found)
+    lines = list(known.values())
+    figure, axis = plt.subplots(figsize=(7, 1.1 + 0.36 * len(lines)), layout="constrained")
+    for i, (column, marker) in enumerate(zip(columns, itertools.cycle("osD^v"), strict=False)):
+        own = [line[i] for line in lines]
+        accuracy = np.array([row["accuracy"] for row in own])
+        error = np.abs([[row["low"] for row in own], [row["high"] for row in own]] - accuracy)
+        place = np.arange(len(lines)) + 0.6 * ((i + 0.5) / len(columns) - 0.5)  # intervals do not hide each other
+        n = " / ".join(f"{n:,}" for n in sorted({row["n"] for row in own}))
+        style = {"fmt": marker, "markersize": 4, "linewidth": 1, "capsize": 2}
+        axis.errorbar(accuracy, place, xerr=error, label=f"{column}, n = {n}", **style)
+    axis.set(yticks=range(len(lines)), yticklabels=known, xlim=(-1, 101), ylim=(len(lines) - 0.5, -0.5))
+    axis.set_xlabel(f"accuracy (%); {lines[0][0]['setting']}")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
 
 
 def series(pattern: str, values: str, attack: str, found: Evaluations) -> list[dict]:
@@ -2490,13 +2537,14 @@ def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for (label, pattern, values), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
         figures, at = series(pattern, values, attack, found), [float(value) for value in values.split(",")]
-        accuracy = np.array([row["accuracy"] for row in figures])
-        error = np.abs([[row["low"] for row in figures], [row["high"] for row in figures]] - accuracy)
-        axis.errorbar(at, accuracy, error, marker=marker, markersize=4, linewidth=1.2, capsize=2, label=label)
-    axis.set(xlabel=axis_name, ylabel=f"accuracy under {attack} (%)", xticks=at)
+        accuracy, low, high = ([row[key] for row in figures] for key in ("accuracy", "low", "high"))
+        (line,) = axis.plot(at, accuracy, marker=marker, markersize=4, label=label)
+        axis.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    about = f"accuracy under {attack} (%)\n{figures[0]['setting']}, n = {figures[0]['n']:,}"
+    axis.set(xlabel=axis_name, ylabel=about, xticks=at)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=200)
     plt.close(figure)
 
 
@@ -2506,16 +2554,19 @@ def draw_grid(path: Path, about: str, rows: list[list[str]], found: Evaluations)
     attack, axis_name = about.split("; ")
     figures = [series(pattern, values, attack, found) for _, pattern, values in rows]
     cells = np.array([[row["accuracy"] for row in line] for line in figures])
-    figure, axis = plt.subplots(figsize=(1.5 + 0.8 * cells.shape[1], 1.2 + 0.45 * len(cells)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(1.7 + 0.9 * cells.shape[1], 1.2 + 0.5 * len(cells)), layout="constrained")
     image = axis.imshow(cells, cmap="viridis", aspect="auto")
     for (i, j), value in np.ndenumerate(cells):
-        dark = value < (cells.min() + cells.max()) / 2
-        axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        color = "white" if value < (cells.min() + cells.max()) / 2 else "black"
+        text = f"{value:.1f}\n± {reach(value, figures[i][j]):.1f}"
+        axis.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
     axis.set_xticks(range(cells.shape[1]), rows[0][2].split(","))
     axis.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axis.set_xlabel(axis_name)
-    figure.colorbar(image, ax=axis, label=f"accuracy under\n{attack} (%)")
-    figure.savefig(path, dpi=150)
+    first = figures[0][0]
+    about = f"accuracy under {attack} (%)\n{first['setting']}, n = {first['n']:,}"
+    figure.colorbar(image, ax=axis, label=about)
+    figure.savefig(path, dpi=200)
     plt.close(figure)
 
 
@@ -2543,52 +2594,65 @@ def matched(found: Evaluations, name: str, other: str) -> dict[str, tuple[Evalua
     return {label: pair for label, pair in pairs.items() if None not in pair}
 
 
+def paired(a: Tensor, b: Tensor) -> dict:
+    """Two models' verdicts on the same images, (N,): both accuracies and n, the 95 % interval of their difference in
+    points (Agresti & Min 2005: Wald's, with half an image more in each cell), and McNemar's p, exact and two-sided."""
+    gained, lost, n = int((a & ~b).sum()) + 0.5, int((b & ~a).sum()) + 0.5, len(a) + 2
+    reach = Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / n)
+    return {
+        "ours": accuracy_of(a)["accuracy"],
+        "theirs": accuracy_of(b)["accuracy"],
+        "n": len(a),
+        "low": 100 * (gained - lost - reach) / n,
+        "high": 100 * (gained - lost + reach) / n,
+        "p": min(1.0, 2 * min(chance(a, b), chance(b, a))),
+    }
+
+
 def compare(found: Evaluations, name: str, other: str, attack: str) -> dict | None:
-    """Mean accuracies of both, `ours` and `theirs`, on the images that both saw, p of each of the `seeds`, the least n,
-    and the `verdict`: more or less where the test finds a difference for every seed, and the worst seed of the one is
-    better than the best of the other. None where no seed of both has verdicts."""
+    """What `paired` says of each of the `seeds`, `p` a list: over them the means of the accuracies, the least n, the
+    hull of the intervals, and the `verdict`: more or less where the test finds a difference for every seed, and the
+    worst seed of the one is better than the best of the other. None where no seed of both has verdicts."""
     pairs = {}
     for seed, pair in matched(found, name, other).items():
         both = [model.under(attack) for model in pair]
         if None not in both:
             check_same_ball(pair)
-            a, b = (torch.from_numpy(right) for right in on_common_images(both)[1])
-            p = min(1.0, 2 * min(chance(a, b), chance(b, a)))
-            pairs[seed] = 100 * float(a.double().mean()), 100 * float(b.double().mean()), p, len(a)
+            pairs[seed] = paired(*(torch.from_numpy(own.right) for own in on_common_images(both)))
     if not pairs:
         return None
-    ours, theirs, p, n = zip(*pairs.values(), strict=True)
-    apart = "more" if min(ours) > max(theirs) else "less" if max(ours) < min(theirs) else "no difference shown"
-    verdict = apart if max(p) < 0.05 else "no difference shown"
+    each = {key: [pair[key] for pair in pairs.values()] for key in ("ours", "theirs", "n", "low", "high", "p")}
+    ours, theirs = each["ours"], each["theirs"]
+    apart = "more" if min(ours) > max(theirs) else "less" if max(ours) < min(theirs) else NOT_SHOWN
+    verdict = apart if max(each["p"]) < 0.05 else NOT_SHOWN
+    ends = {"low": min(each["low"]), "high": max(each["high"]), "n": min(each["n"])}
     means = {"ours": statistics.fmean(ours), "theirs": statistics.fmean(theirs)}
-    return means | {"seeds": list(pairs), "p": p, "n": min(n), "verdict": verdict}
+    return means | ends | {"seeds": list(pairs), "p": each["p"], "verdict": verdict}
 
 
-def compared(found: Evaluations, name: str, other: str, attack: str) -> str:
-    """A comparison in words."""
-    result = compare(found, name, other, attack)
-    if not result:
-        raise common.UserError(f"report.md: no seed of {name} and {other} has verdicts under {attack}")
+def in_words(result: dict) -> str:
+    """What `compare` found: both accuracies, the verdict, and what it rests on."""
     told = ", ".join("< 0.001" if p < 0.001 else f"{p:.2g}" for p in result["p"])
     seeds = f"seed{'s' * (len(result['seeds']) > 1)} {', '.join(result['seeds'])}"
     figures = f"{result['ours']:.2f} against {result['theirs']:.2f}"
     return f"{figures} ({result['verdict']}: p {told}; n = {result['n']:,}, {seeds})"
 
 
+def in_points(result: dict) -> str:
+    """The difference and the reach of its interval, bold where the verdict calls it one, in italics if of one seed."""
+    points = result["ours"] - result["theirs"]
+    mark = "*" * min(2, len(result["seeds"])) if result["verdict"] != NOT_SHOWN else ""
+    return f"{mark}{round(points, 2) + 0.0:+.2f} ± {reach(points, result):.2f}{mark}"  # no -0.00
+
+
 def draw_comparisons(about: str, rows: list[list[str]], found: Evaluations) -> str:
-    """A table of differences in points, empty where there is none to make. Where the comparison calls them one they are
-    bold, in italics if it has a single seed."""
+    """A table of differences, empty where there is none to make."""
     columns, lines = columns_of(about), []
     for label, names, *papers in rows:
         name, other = names.split(" vs ")
         results = [compare(found, name, other, column) for column in columns]
         papers = re.split(r",\s*", papers[0]) if papers else ["-"] * len(columns)
-        cells = []
-        for result, paper in zip(results, papers, strict=True):
-            difference = f"{round(result['ours'] - result['theirs'], 2) + 0.0:+.2f}" if result else ""  # no -0.00
-            differ = result and result["verdict"] != "no difference shown"
-            mark = "*" * min(2, len(result["seeds"])) if differ else ""
-            cells.append(cell(f"{mark}{difference}{mark}", paper))
+        cells = [cell(result and in_points(result), paper) for result, paper in zip(results, papers, strict=True)]
         if seeds := dict.fromkeys(", ".join(result["seeds"]) for result in results if result):
             lines.append([label, " / ".join(seeds), *cells])
         else:
@@ -2626,20 +2690,24 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
             if kind in ("table", "compare"):
                 return {"table": draw_table, "compare": draw_comparisons}[kind](first, rows, found)
             (out.parent / name).parent.mkdir(parents=True, exist_ok=True)
-            {"bars": draw_bars, "lines": draw_lines, "grid": draw_grid}[kind](out.parent / name, about, rows, found)
+            {"dots": draw_dots, "lines": draw_lines, "grid": draw_grid}[kind](out.parent / name, about, rows, found)
         except (ValueError, IndexError, OSError) as error:
             raise common.UserError(f"report.md: {kind} {first}: {error}") from None
         return f"![{about}]({name})"
 
     def figure(match: re.Match) -> str:
-        name, other, attack = match[1], match[2], " ".join(match[3].split())
+        name, relation, other, attack = *match.groups()[:3], " ".join(match[4].split())
         try:
-            return compared(found, name, other, attack) if other else one_figure(found, name, attack)
+            if not other:
+                return one_figure(found, name, attack)
+            if result := compare(found, name, other, attack):
+                return in_words(result) if relation == "vs" else in_points(result)
+            raise ValueError("no seed of both has verdicts")
         except ValueError as error:
             raise common.UserError(f"report.md: {match[0]}: {error}") from None
 
-    text = re.sub(r"^```(table|compare|bars|lines|grid) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
-    text = re.sub(r"\{(\S+)(?:\s+vs\s+(\S+))?\s+on\s+([^}]+)\}", figure, text)
+    text = re.sub(r"^```(table|compare|dots|lines|grid) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"\{(\S+)(?:\s+(vs|-)\s+(\S+))?\s+on\s+([^}]+)\}", figure, text)
     return re.sub(r"\{runs of (\S+)\}", lambda match: runs_table(found, match[1]), text)
 
 

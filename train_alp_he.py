@@ -40,7 +40,7 @@ def parse_args(argv=None):
     parser = common.training_parser(__doc__, argv)
     common.add_head_flags(parser, argv, MARGIN, "HE, Sec. 4 and C.5")
     flag, number = parser.add_argument, common.number
-    flag("--alpha", type=number(float, 0, 1), default=0.5, help="share of the clean images (default: 0.5)")
+    flag("--alpha", type=number(float, 0, 1), default=0.5, help="share of the clean images (default: 0.5; HE's code)")
     flag("--pairing", type=number(float, 0), default=0.5, help="lambda of the distance (default: 0.5; Sec. 4)")
     args = parser.parse_args(argv)
     return common.finish_args(args, METHOD[args.head])

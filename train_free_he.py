@@ -4,7 +4,7 @@ Paper: Pang et al., "Boosting Adversarial Training with Hypersphere Embedding", 
 method of Shafahi et al. 2019. Each batch is replayed m times, and each backward pass serves twice:
 
     minimize CE(s * (f(x + delta) - m * onehot(y)), y)  over the weights                            (Eq. 6)
-    delta <- clip(delta + step_size * sign(gradient of that loss in x + delta), -eps, eps)
+    delta <- clip(delta + step_size * sign(gradient of that loss in x + delta), -eps, eps), x + delta cut to [0, 1]
 
 f = cos(theta) for --head he (Eq. 5), -theta for mhe (Sec. 3.5), W z + b for linear (s 1, m 0). delta persists from
 batch to batch: the next images start where the last ones were left. Attack and training share one pass in train mode.
@@ -64,7 +64,7 @@ def main(argv=None):
             x_adv = (x + delta).clamp(0, 1).requires_grad_()
             logits = model(x_adv)
             run.step(common.margin_ce(logits, y, args.scale, args.margin), logits, y)
-            run.carry["delta"] = (delta + step_size * x_adv.grad.sign()).clamp(-eps, eps)
+            run.carry["delta"] = (delta + step_size * x_adv.grad.sign()).clamp(-eps, eps).clamp(-x, 1 - x)
         run.finish_epoch()
 
 

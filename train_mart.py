@@ -10,7 +10,8 @@ p = softmax(W z + b). Misclassified images, with a small p_y(x), weigh most in t
 and trained on in train mode.
 
 Not as in the authors' code: it starts PGD from x + 0.001 * normal noise, this from a uniform point of the ball; it adds
-1e-4 and 1e-12 inside its logarithms, this takes them of sums that cannot vanish; its rate falls at epochs 75 and 90.
+1e-4 and 1e-12 inside its logarithms, this takes them of sums that cannot vanish; its rate falls at epochs 75 and 90,
+this one's at 68 and 81 of 90.
 
     python train_mart.py                                       # on the bundled digits
     python train_mart.py --dataset cifar10                     # WRN-34-10, 90 epochs

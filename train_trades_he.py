@@ -8,8 +8,9 @@ Paper: Pang et al., "Boosting Adversarial Training with Hypersphere Embedding", 
 f = cos(theta) for --head he (Eq. 5), -theta for mhe (Sec. 3.5), W z + b for linear (s 1, m 0: Zhang et al. 2019).
 The margin m is in the cross-entropy only. Examples are crafted in eval mode and trained on in train mode.
 
-PGD starts from x + 0.001 * normal noise, as in Zhang et al.: the KL has no gradient at x itself. Not as in the authors'
-code: it overwrites W by W / ||W|| in each pass, this differentiates through the normalization (Eq. 4).
+PGD starts from x + 0.001 * normal noise, as in Zhang et al.: the KL has no gradient at x itself. Where Table 1 writes
+CE(f(x*), f(x)), the authors' code, as this one, has the KL. Not as in that code: it overwrites W by W / ||W|| in each
+pass, this differentiates through the normalization (Eq. 4).
 
     python train_trades_he.py                                  # HE on the bundled digits
     python train_trades_he.py --dataset mnist --head linear    # plain TRADES

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The CIFAR-10 table of RESULTS.md. It reads DATA/cifar10_jpeg.npz, a copy of CIFAR-10 whose images went through JPEG; for
-# CIFAR-10 itself put cifar10 in its place below. An hour and a half a seed on two cores.
+# The table of CIFAR-10 (JPEG copy) in RESULTS.md: DATA/cifar10_jpeg.npz, whose images went through JPEG. An hour and a half
+# a seed on two cores.
 #
 #     benchmarks/cifar10.sh                   # every row, seeds 0 and 1
-#     benchmarks/cifar10.sh pgd-he            # this row
-dataset=cifar10_jpeg
+#     benchmarks/cifar10.sh --redo pgd-he     # this row, anew
+#     DATASET=cifar10 benchmarks/cifar10.sh   # on CIFAR-10 itself, which is downloaded
+dataset=${DATASET:-cifar10_jpeg}
 source "$(dirname "$0")/rows.sh"
 
 short="--arch wrn-10-2 --limit 20000 --epochs 10 --batch-size 128 --schedule cyclic --lr 0.1"

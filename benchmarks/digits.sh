@@ -3,6 +3,7 @@
 # attack in training (HE, Fig. 2). About a minute a row.
 #
 #     benchmarks/digits.sh
+#     benchmarks/digits.sh --redo pgd-he-steps3
 dataset=digits
 source "$(dirname "$0")/rows.sh"
 

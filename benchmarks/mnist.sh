@@ -3,6 +3,7 @@
 #
 #     benchmarks/mnist.sh                     # every row, seeds 0 and 1
 #     benchmarks/mnist.sh pgd-he trades-he    # these rows
+#     benchmarks/mnist.sh --redo pgd-he       # anew
 dataset=mnist
 source "$(dirname "$0")/rows.sh"
 
@@ -100,7 +101,7 @@ evaluations() { # row, kind
 
 do_rows "$@"
 
-# From each of four models to each, and the pictures, when all rows are done.
+# From each of four models to each, when all of them are here: a set of results of its own, which no row's --redo deletes.
 transfer() { # seed
     flock -n 9 || return 0
     local row sources=("pgd-s$1" "trades-he-s$1" "weightpen-s$1" "dsphere-s$1")
@@ -108,14 +109,14 @@ transfer() { # seed
         [ -e "$runs/$row/made_by" ] || return 0 # another process is at it, and will come by
     done
     for row in "${sources[@]}"; do
-        evaluate "$row" "$row/transfer" --n 1000 --attacks clean --source "${sources[@]/#/$runs/}"
+        results=$results-transfer evaluate "$row" "$row/transfer" --n 1000 --attacks clean --source "${sources[@]/#/$runs/}"
     done
 }
 
 pictures() { # of features, by the first seed's networks; their data, a thousand positions each, are not kept
     local row out
     for row in weightpen weightpen-relu abcl abcl-cosface abcl-sce cnn-plane dsphere-plane; do
-        [ -e "$runs/$row-s0/made_by" ] && [ ! -e "figures/features-$row.png" ] || continue
+        [ "$runs/$row-s0/made_by" -nt "figures/features-$row.png" ] || continue
         out=$runs/pictures/$row
         mkdir -p "$out"
         "$python" eval_all.py "$runs/$row-s0" --data-dir "$data" --out "$out" --n 1000 --attacks clean \
@@ -126,9 +127,7 @@ pictures() { # of features, by the first seed's networks; their data, a thousand
     [ ! -e "$out" ] || cp "$out" figures/curves.png
 }
 
-if [ $# = 0 ]; then
-    for seed in $seeds; do
-        (transfer "$seed") 9>"$runs/transfer-s$seed.lock"
-    done
-    pictures
-fi
+for seed in $seeds; do
+    (transfer "$seed") 9>"$runs/transfer-s$seed.lock"
+done
+pictures

@@ -1,10 +1,10 @@
 # What mnist.sh, cifar10.sh and digits.sh share. They set `dataset`, `rows` (a line each: NAME KIND SCRIPT FLAGS) and a
 # function `evaluations ROW KIND`. Each row is trained, evaluated, and its eval.json and verdicts.npz kept in
-# benchmarks/results/DATASET/NAME-sSEED. What is done is skipped, what was interrupted goes on; a row whose results are to
-# be made anew is a folder to delete, there and in RUNS.
+# benchmarks/results/DATASET/NAME-sSEED. What is done is skipped, what was interrupted goes on. With --redo the rows named
+# are made anew, of each seed that has results: their networks and results are deleted first.
 #
 # Every process takes the next row that no other one is at: on a CPU start one a core. From the environment:
-#     SEEDS="0 1"  RUNS=runs/DATASET, for checkpoints  DATA=data, for the dataset's file  PYTHON=python
+#     SEEDS="0 1", of --redo too  RUNS=runs/DATASET, for checkpoints  DATA=data, for the dataset's file  PYTHON=python
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # processes that share the cores would wait for each other's threads
@@ -38,12 +38,28 @@ do_row() { # row, kind, script and flags
     evaluations "$1" "$2"
 }
 
-do_rows() { # names of rows; none means all
-    local failed=0 wanted
+redo() { # names of rows: away with what there is of them
+    local row seed
+    [ $# -gt 0 ] || { echo "--redo needs the names of rows" >&2; exit 2; }
+    seeds=${SEEDS:-$(for row in "$@"; do compgen -G "$results/$row-s[0-9]*"; done | sed 's/.*-s//' | sort -nu)}
+    for row in "$@"; do
+        for seed in $seeds; do
+            (
+                flock -n 9 || { echo "another process is at $row-s$seed" >&2; exit 2; }
+                rm -rf {"$results","$runs/evaluations"}/"$row"{,-float32}-s"$seed" "$runs/$row-s$seed"
+            ) 9>"$runs/$row-s$seed.lock"
+        done
+    done
+}
+
+do_rows() { # --redo, names of rows; none means all
+    local failed=0 wanted first=${1:-}
+    [ "$first" != --redo ] || shift
     for wanted in "$@"; do
         grep -q "^$wanted " <<<"$rows" || { echo "no row $wanted" >&2; exit 2; }
     done
     mkdir -p "$runs"
+    [ "$first" != --redo ] || redo "$@"
     for seed in $seeds; do
         while read -r -u 8 name kind command; do
             [ -n "$name" ] && { [ $# = 0 ] || [[ " $* " == *" $name "* ]]; } || continue

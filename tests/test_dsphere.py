@@ -143,8 +143,8 @@ def test_annealing_is_eq_8_and_its_weight_falls_to_a_floor():
         torch.tensor([0, 1, 2, 0, 1, 2]),
     )
     logits = z.norm(dim=1, keepdim=True) * g
-    for iteration, share in ((0, 10.0), (100, 5.0), (10**6, 0.1)):
-        expected = (F.cross_entropy(g, y) + share * F.cross_entropy(logits, y)) / (1 + share)
+    for iteration, weight in ((0, 10.0), (100, 5.0), (10**6, 0.1)):
+        expected = (F.cross_entropy(g, y) + weight * F.cross_entropy(logits, y)) / (1 + weight)
         assert train_dsphere.annealed_ce(logits, z, y, iteration).item() == pytest.approx(expected.item(), rel=1e-9)
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -23,6 +24,7 @@ Never run | toy/three
 It stands {toy/one on pgd-20}, {toy/one on pgd-20 + square},
 {toy/one vs
 toy/two on pgd-20}, {toy/one vs toy/one on clean}.
+They are {toy/one - toy/two on pgd-20} apart.
 Its audit {toy/one on audit}; {toy/one on angles}.
 ```compare clean, pgd-20, square
 One over two | toy/one vs toy/two | -, 25, -
@@ -30,7 +32,7 @@ Both seeds | toy/one vs toy/also | -, 25, -
 One seed over the other | toy/one-s1 vs toy/one-s0
 Never run | toy/three vs toy/two
 ```
-```bars figures/bars.png clean, pgd-20
+```dots figures/dots.png clean, pgd-20
 One | toy/one
 Two | toy/two
 ```
@@ -69,6 +71,10 @@ def write_evaluation(folder, rights, index=None, **facts):
 
 def first(count, of):
     return np.arange(of) < count
+
+
+def verdicts(right):
+    return eval_all.Verdicts(np.arange(len(right)), np.arange(len(right)) % 10, right)
 
 
 @pytest.fixture
@@ -118,11 +124,15 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     assert "95.00 against 95.00 (no difference shown: p 1, 1; n = 100, seeds 0, 1)" in text
     assert "audit fails 0 and 1 of 1; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
     assert "| `toy/one` | 0, 1 | net | 3, all | 2, 2 | 10.0 | 4.0 | slide rule; abacus |" in text
-    assert "| One over two | 0 | +0.00 | *+20.00* <sub>25</sub> |  |" in text
-    assert "| Both seeds | 0, 1 | **+86.00** | **+56.00** <sub>25</sub> |  |" in text
-    assert "| One seed over the other | 1 over 0 | +0.00 | *+10.00* | +0.00 |" in text
+    none, some = reach(0, ends(0, 0, 100)), reach(20, ends(20, 0, 100))
+    assert f"| One over two | 0 | +0.00 ± {none} | *+20.00 ± {some}* <sub>25</sub> |  |" in text
+    clean, pgd = reach(86, ends(86, 0, 100)), reach(56, ends(51, 0, 100), ends(61, 0, 100))
+    assert f"| Both seeds | 0, 1 | **+86.00 ± {clean}** | **+56.00 ± {pgd}** <sub>25</sub> |  |" in text
+    one = f"+0.00 ± {none} | *+10.00 ± {reach(10, ends(10, 0, 100))}* | +0.00 ± {reach(0, ends(0, 0, 4))}"
+    assert f"| One seed over the other | 1 over 0 | {one} |" in text
+    assert f"They are *+20.00 ± {some}* apart." in text
     assert "worst case<br>n = 4 / 100 |" in text and "*No row of this table has been evaluated yet.*" in text
-    for about, name in (("clean, pgd-20", "bars"), ("pgd-20; steps", "lines"), ("clean; margin", "grid")):
+    for about, name in (("clean, pgd-20", "dots"), ("pgd-20; steps", "lines"), ("clean; margin", "grid")):
         assert f"![{about}](figures/{name}.png)" in text and (tmp_path / f"figures/{name}.png").stat().st_size > 5000
     cli("eval_all", "--report", results, "--out", tmp_path / "again.md")
     assert (tmp_path / "again.md").read_text() == text
@@ -135,13 +145,33 @@ def test_a_difference_is_one_that_mcnemars_test_finds_and_that_seeds_do_not_turn
         b = np.arange(100) >= gained
         for name, right in (("a", np.arange(100) < 97), ("b", b)):
             found[name][0].facts["dataset"] = "toy"
-            found[name][0].verdicts["pgd"] = (np.arange(100), right)
-        assert f"({verdict}: p {p}; n = 100" in eval_all.compared(found, "a", "b", "pgd")
+            found[name][0].verdicts["pgd"] = verdicts(right)
+        assert f"({verdict}: p {p}; n = 100" in eval_all.in_words(eval_all.compare(found, "a", "b", "pgd"))
     for name, right in (("a", first(70, 100)), ("b", first(50, 100))):  # seed 1 of a is below seed 0 of b
         found[name][1] = eval_all.Evaluated()
         found[name][1].facts["dataset"] = "toy"
-        found[name][1].verdicts["pgd"] = (np.arange(100), right)
-    assert "no difference shown: p 0.035, < 0.001" in eval_all.compared(found, "a", "b", "pgd")
+        found[name][1].verdicts["pgd"] = verdicts(right)
+    assert "no difference shown: p 0.035, < 0.001" in eval_all.in_words(eval_all.compare(found, "a", "b", "pgd"))
+
+
+def ends(gained, lost, n):
+    """The 95 % interval of a paired difference, in points: half a pair more in each cell (Agresti & Min)."""
+    center = (gained - lost) / (n + 2)
+    spread = 1.959964 * math.sqrt(((gained + lost + 1) / (n + 2) - center**2) / (n + 2))
+    return 100 * (center - spread), 100 * (center + spread)
+
+
+def reach(points, *intervals):
+    return f"{max(abs(end - points) for interval in intervals for end in interval):.2f}"
+
+
+def test_the_interval_of_a_paired_difference():
+    a, b = torch.arange(100) < 80, torch.arange(100) >= 30  # 30 gained, 20 lost
+    result = eval_all.paired(a, b)
+    assert (result["ours"], result["theirs"], result["n"]) == (80, 70, 100)
+    assert (result["low"], result["high"]) == pytest.approx(ends(30, 20, 100))
+    same = eval_all.paired(a, a)
+    assert same["low"] == -same["high"] < 0 and same["p"] == 1
 
 
 def test_the_worst_case_is_over_all_attacks_that_every_seed_faced(results):
@@ -162,6 +192,12 @@ def test_a_seed_that_lacks_an_attack_is_left_out(results):
     assert list(seeds) == [0]
 
 
+def relabel(folder):
+    """As if the test set had been in another order."""
+    arrays = dict(np.load(folder / "verdicts.npz"))
+    np.savez(folder / "verdicts.npz", **arrays | {"label": arrays["label"][::-1]})
+
+
 def says(text):
     return lambda path: (path / "report.md").write_text(text)
 
@@ -169,16 +205,17 @@ def says(text):
 @pytest.mark.parametrize("break_it, complaint", [
     (lambda path: (path / "report.md").unlink(), "there is no"),
     (says("{toy/one on magic}"), "no evaluation of toy/one under magic"),
-    (says("{toy/one vs toy/none on clean}"), "no seed of toy/one and toy/none"),
+    (says("{toy/one vs toy/none on clean}"), "no seed of both"),
     (says("```grid a clean; m\na | toy/no | 1\n```"), "evaluation of toy/no"),
     (says("```table clean\na | toy/one | 1, 2\n```"), "more figures of the paper"),
     (says("{toy/one vs other/net on clean}"), "put side by side"),
+    (lambda path: relabel(path / "toy/two-s0"), "differ in their labels"),
     (says("```grid a.png clean; x\nOne | * | other/net,toy/one\n```"), "put side by side"),
     (says("```compare clean, magic\nOne | toy/one vs toy/two\n```"), "unknown attack 'magic'"),
     (says("```table clean\nOne | toy/one\nAnother | other/net\n```"), "put side by side"),
     (says("```table magic\na | toy/one\n```"), "unknown attack 'magic'"),
     (says("```table clean\n\n\na | toy/one\n\na\n```"), "table clean: "),
-    (says("```bars a.png clean\na | toy/no\n```"), "bars a.png clean: "),
+    (says("```dots a.png clean\na | toy/no\n```"), "dots a.png clean: "),
     (says("```lines a.png clean; x\na | toy/one\n```"), "lines a.png clean; x: "),
     (lambda path: write_evaluation(path / "toy/two-s0/l2", {"clean": first(9, 10)}, norm="l2"), "its norm is not that"),
     (lambda path: write_evaluation(path / "toy/two-s0/x", {"clean": first(9, 10)}, weights="ab"), "its weights is not"),

@@ -153,7 +153,8 @@ def test_schedules():
     assert [multistep(epoch / 100) for epoch in (0, 74, 75, 89, 90, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     assert [cyclic(done) for done in (0, 0.25, 0.5, 0.75)] == [0, 0.5, 1, 0.5]
     assert [cosine(done) for done in (0, 0.5)] == pytest.approx([1, 0.5]) and cosine(0.999) < 1e-4
-    gentle, thirds, late = (common.SCHEDULES[name] for name in ("gentle", "thirds", "late"))
+    gentle, thirds, late, half = (common.SCHEDULES[name] for name in ("gentle", "thirds", "late", "half"))
+    assert [half(done) for done in (0.49, 0.5, 0.74, 0.75)] == pytest.approx([1, 0.1, 0.1, 0.01])
     assert [gentle(epoch / 400) for epoch in (0, 59, 60, 119, 120)] == pytest.approx([1, 1, 0.9, 0.9, 0.81])
     assert [thirds(done) for done in (0.33, 0.34, 0.66, 0.67)] == pytest.approx([1, 0.1, 0.1, 0.01])
     assert [late(k / 64) for k in (33, 34, 53, 54)] == pytest.approx([1, 0.1, 0.1, 0.01])
@@ -343,7 +344,7 @@ def test_angular_at_minimizes_eq_8(cli, tmp_path, monkeypatch):
 
 
 def test_free_replays_each_batch_and_takes_both_gradients_from_one_backward_pass(cli, tmp_path, monkeypatch):
-    """delta_{t+1} = clip(delta_t + step * sign(grad)), grad of the very loss that updates the weights."""
+    """delta_{t+1} = clip(delta_t + step * sign(grad)) in ball and range, of the very loss that updates the weights."""
     passes, stepped, images = [], [], []
     forward, step, batches = models.Classifier.forward, common.Run.step, common.Run.batches
 
@@ -372,7 +373,7 @@ def test_free_replays_each_batch_and_takes_both_gradients_from_one_backward_pass
     delta = torch.zeros(32, 1, 8, 8)
     for x, (x_adv, grad) in zip(images, stepped, strict=True):  # over the change of batch as well
         torch.testing.assert_close(x_adv, (x + delta).clamp(0, 1))
-        delta = (delta + 0.04 * grad.sign()).clamp(-0.1, 0.1)
+        delta = ((x + delta + 0.04 * grad.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)) - x
 
 
 def test_free_resumed_equals_free_uninterrupted(tmp_path):
