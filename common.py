@@ -657,9 +657,7 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     add("--batch-size", "images a step, over all ranks", type=number(int, 2))
     add("--optimizer", "sgd has momentum 0.9", choices=("sgd", "adam"))
     add("--lr", "peak learning rate", type=number(float, 0))
-    shapes = (
-        "x0.1 at 75 and 90 %% (multistep), 50 and 75 (half), 53 and 84 (late), thirds; x0.9 every 15 (gentle)"
-    )
+    shapes = "x0.1 at 75 and 90 %% (multistep), 50 and 75 (half), 53 and 84 (late), thirds; x0.9 every 15 (gentle)"
     add("--schedule", f"of the learning rate over the run: {shapes}", choices=tuple(SCHEDULES))
     add("--weight-decay", "L2 penalty on all parameters", type=number(float, 0))
     add("--eps", "Linf radius in pixel units", type=number(float, 0, 1))
@@ -741,10 +739,11 @@ def attack_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def rounding(logits: Tensor) -> Tensor:
-    """How far two logits of an image may be apart, (B,), and still count as equal. An offset that all share is no
-    distance."""
-    spread = (logits - logits.mean(1, keepdim=True)).abs().amax(1)
-    return 1e-4 * spread + 1e-6 * logits.abs().amax(1)
+    """How far two logits of an image may be apart, (B,), and still count as equal: a small part of what the likeliest
+    classes differ by. A class that is masked by a huge negative logit, or an offset that all share, is no distance."""
+    k = logits.shape[1]
+    top = logits.topk(min(4, k // 2 + 1), 1).values
+    return 1e-4 * (top[:, 0] - top[:, -1]) + 1e-6 * top.abs().amax(1)
 
 
 @torch.no_grad()

@@ -162,7 +162,7 @@ def cw_inf(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
 
 
 def by_target(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, targets: int, attack: Callable[..., Tensor]
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, targets: float, attack: Callable[..., Tensor]
 ) -> Tensor:
     """attack(x, y, target) towards each of the likeliest wrong classes in turn, on the images that still stand.
 
@@ -170,7 +170,7 @@ def by_target(
     """
     ranking = predict_logits(model, x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
     x_adv, nearest = x.clone(), x.new_full((len(x),), math.inf)
-    for target in ranking[:, : min(targets, ranking.shape[1] - 1)].T:
+    for target in ranking[:, : min(targets, ranking.shape[1] - 1)].T:  # all of them where targets is infinite
         rows = (nearest > outermost(eps)).nonzero().flatten()
         if not len(rows):
             break
@@ -196,7 +196,7 @@ def feature(
     y: Tensor,
     *,
     eps: float,
-    step_size: float = 1 / 255,
+    step_size: float,
     steps: int = 50,
     images: int = 100,
 ) -> Tensor:
@@ -250,7 +250,7 @@ def apgd(
     labels = torch.stack([y] if target is None else [y, target], 1)
     s = {"row": torch.arange(len(x), device=x.device), "x": x, "labels": labels, "now": now, "before": now, "best": now}
     s |= {"best_grad": now, "step": torch.full_like(x[:, :1, :1, :1], 2 * eps), "halved": torch.ones_like(y).bool()}
-    s |= {"value": bottom, "best_value": bottom, "checked": bottom, "rises": torch.zeros_like(bottom)}
+    s |= {"value": bottom, "best_value": bottom, "checked": bottom, "rises": bottom.clamp(min=-1)}  # the start is none
     x_adv, since, interval = now.clone(), 0, max(int(0.22 * steps), 1)
     for i in range(steps + 1):
         now = s["now"].detach().requires_grad_()
@@ -536,21 +536,20 @@ def move_bumps(x: Tensor, x_best: Tensor, p: float, eps: float) -> Tensor:
 
 
 @torch.no_grad()
-def square(
-    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", queries: int = 5000, p_init: float = 0.8
-) -> Tensor:
-    """Square (Andriushchenko et al. 2020), Linf or L2, with AutoAttack's settings (Croce & Hein 2020).
+def square(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", queries: int = 5000) -> Tensor:
+    """Square (Andriushchenko et al. 2020), Linf or L2, with AutoAttack's 5,000 queries and p (Croce & Hein 2020).
 
     Random search on the margin of the logits: a window is changed, and stays so where that raises the margin. It
-    covers the share p of the image, which is halved as the search goes on. Each image has its own windows. A proposal
-    that changes nothing (a window that has that sign already) counts as an iteration, but its query is not made.
+    covers the share p of the image, halved as the search goes on, all halvings within the queries (AutoAttack's
+    package keeps to the schedule of 10,000). Each image has its own windows. A proposal that changes nothing (a window
+    that has that sign already) counts as an iteration, but its query is not made.
     """
     start, propose = {"linf": (stripes, recolor_window), "l2": (bump_grid, move_bumps)}[norm]
     x_adv, active = x.clone(), torch.arange(len(x), device=x.device)
     x_best, best = x, torch.full_like(x[:, 0, 0, 0], -math.inf)
     for i in range(queries):
         halvings = sum(10_000 * (i - 1) // queries > when for when in SQUARE_HALVINGS)
-        x_new = propose(x, x_best, p_init / 2**halvings, eps) if i else start(x, eps)
+        x_new = propose(x, x_best, 0.8 / 2**halvings, eps) if i else start(x, eps)
         changed = (x_new != x_best).flatten(1).any(1).nonzero().flatten()
         if not len(changed):
             continue
@@ -612,8 +611,8 @@ def estimated_bim(
     *,
     draw: Callable[[Tensor], Tensor],
     eps: float,
+    step_size: float,
     steps: int = 80,
-    step_size: float = 0.01,
     q: int = 128,
     sigma: float = 0.001,
 ) -> Tensor:
@@ -621,7 +620,8 @@ def estimated_bim(
 
     The papers give two updates: Adam (Uesato et al. 2018) and the projected sign step of HE, Eq. 18, for both attacks.
     Ours is the second, which Table 8 of HE reports; the learning rate 0.01 and the 80 steps of Angular-AT are its step
-    size and its steps. As in Eq. 23, q counts pairs: 128 of them are 256 queries, and one more sees if it is fooled.
+    size, where that crosses the ball, and its steps. As in Eq. 23, q counts pairs: 128 of them are 256 queries, and
+    one more sees if it is fooled.
     """
     x_adv, active = x.clone(), torch.arange(len(x), device=x.device)
     for _ in range(steps):
@@ -871,6 +871,7 @@ THREAT = {  # Linf eps and step size, L2 eps, of the papers' evaluations; digits
     "imagenet": (4 / 255, 1 / 255, 1.0),
     None: (8 / 255, 2 / 255, 1.0),
 }
+OWN_STEP = {feature: 1 / 255, spsa: 0.01, nes: 0.01}  # not the dataset's
 GET_AUTOATTACK = "autoattack-official needs a package: pip install git+https://github.com/fra31/auto-attack"
 
 
@@ -883,16 +884,16 @@ def steps_of(attack: Attack) -> int | None:
 
 
 def takes(attack: Attack, option: str) -> bool:
-    """Whether the attack has this option without a value of its own for it; `**budget` takes all that PGD does."""
+    """Whether the attack has this option without a value of its own for it; `**budget` takes all that PGD does,
+    `**options` the step size."""
     parameters = inspect.signature(function_of(attack)).parameters
     if option in parameters:
         return option == "norm" or parameters[option].default is inspect.Parameter.empty
-    return "budget" in parameters
+    return "budget" in parameters or (option == "step_size" and "options" in parameters)
 
 
-def default_step_size(known: str | None, eps: float, steps: int, norm: str) -> float:
+def default_step_size(papers: float, eps: float, steps: int, norm: str) -> float:
     """The papers' step size where it can cross the ball in `steps`, else 2.5 * eps / steps (Madry et al. 2018)."""
-    papers = THREAT[known][1]
     return papers if norm == "linf" and papers * steps > 1.9 * eps else 2.5 * eps / steps
 
 
@@ -911,7 +912,7 @@ def find_attack(name: str) -> Attack:
         raise common.UserError(f"unknown attack {name!r}: choose from {names}")
     if not at:
         return attack
-    if not {"budget", "options", "step_size"} & set(inspect.signature(function_of(attack)).parameters):
+    if not takes(attack, "step_size"):
         raise common.UserError(f"attack {name!r}: {plain} has no step size")
     try:
         return partial(attack, step_size=common.number(float, 0, 1)(step_size))
@@ -933,10 +934,8 @@ def named_attacks(
     `paper` is what the papers of `methods` report on the dataset `known`, all of it for each of them. `features` says
     that the models have features(x): without them a preset does without the attack on these.
     """
-    names, presets = (
-        ["clean"],
-        {**PRESETS, "paper": [name for method in methods for name in paper_attacks(method, known)]},
-    )
+    names = ["clean"]
+    presets = PRESETS | {"paper": [name for method in methods for name in paper_attacks(method, known)]}
     for part in map(str.strip, text.split(",")):
         left_out = {}
         if part == "all" and importlib.util.find_spec("autoattack") is None:
@@ -985,6 +984,10 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
     """The predicted classes (B,), in float32; -1, which is never right, where a logit is not finite."""
     logits = predict_logits(model, x)
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+
+def predictions(model: nn.Module, images: Tensor | common.ImageFiles, size: int, device: torch.device | str) -> Tensor:
+    return torch.cat([predict(model, part) for part in in_batches(images, size, device)])
 
 
 def check_ball(name: str, x_adv: Tensor, x: Tensor, eps: float, norm: str) -> None:
@@ -1146,9 +1149,11 @@ def budget(name: str, attack: Attack, settings: dict) -> dict:
     elif within["norm"] != "linf" and function_of(attack) not in (clean, cw_l2):
         raise common.UserError(f"attack {name} knows the Linf ball alone")
     if steps and takes(attack, "step_size"):
-        papers = default_step_size(settings["known"], within["eps"], steps, within["norm"])
+        papers = OWN_STEP.get(function_of(attack), THREAT[settings["known"]][1])
         chosen = attack.keywords.get("step_size", settings["step_size"])  # the name's own, or the flag's
-        options["step_size"] = papers if chosen is None else chosen
+        if chosen is None:
+            chosen = default_step_size(papers, within["eps"], steps, within["norm"])
+        options["step_size"] = chosen
     return options
 
 
@@ -1222,7 +1227,7 @@ def evaluate(
     """
     model.eval()
     journal = journal or Journal()
-    prediction = torch.cat([predict(model, part) for part in in_batches(x, settings["batch_size"], y.device)])
+    prediction = predictions(model, x, settings["batch_size"], y.device)
     outcomes = {}
     for name, attack in attacks.items():
         outcomes[name] = run_attack(model, name, attack, x, y, prediction == y, settings, journal)
@@ -1235,7 +1240,8 @@ def evaluate(
 
 # ------------------------------------------------------------------------------------------------------------ audit
 # When a robustness figure should not be believed (Athalye et al. 2018; Carlini et al. 2019). A difference between two
-# attacks on the same images counts where McNemar's exact test leaves it less than 1 % of chance.
+# attacks on the same images counts where McNemar's exact test leaves it less than 1 % of chance, over all that a check
+# compares.
 
 AUDIT_IMAGES = 200
 
@@ -1251,8 +1257,8 @@ def chance(more: Tensor, fewer: Tensor) -> float:
     return sum(math.comb(gained + lost, k) for k in range(gained, gained + lost + 1)) / 2 ** (gained + lost)
 
 
-def stands_on_more(more: Tensor, fewer: Tensor) -> bool:
-    return chance(more, fewer) < 0.01
+def stands_on_more(more: Tensor, fewer: Tensor, compared: int = 1) -> bool:
+    return chance(more, fewer) < 0.01 / compared
 
 
 def rescaled_pgd(model: nn.Module, x: Tensor, y: Tensor, *, factor: float, **budget: float) -> Tensor:
@@ -1277,7 +1283,9 @@ def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict, ranks: Ranks |
     rows = spread(len(y), AUDIT_IMAGES)
     x, y = floats(x, rows, y.device), y[rows]
     settings = settings | {"restarts": 1, "step_size": None}
-    clean_right = torch.cat([predict(model, part) for part in x.split(settings["batch_size"])]) == y
+    clean_right = predictions(model, x, settings["batch_size"], y.device) == y
+    if not clean_right.any():
+        return [{"check": "the model is right without an attack", "figures": "on no image", "passed": False}]
     eps, checks = settings["eps"], []
 
     def run(attack: Attack, eps: float = eps) -> Tensor:
@@ -1290,9 +1298,9 @@ def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict, ranks: Ranks |
     def check(name: str, figures: str, passed: bool) -> None:
         checks.append({"check": name, "figures": figures, "passed": bool(passed)})
 
-    def not_weaker(name: str, strong: tuple[str, Tensor], weak: tuple[str, Tensor]) -> None:
+    def not_weaker(name: str, strong: tuple[str, Tensor], weak: tuple[str, Tensor], compared: int = 1) -> None:
         figures = f"{strong[0]} {percent(strong[1])}, {weak[0]} {percent(weak[1])}"
-        check(name, figures, not stands_on_more(strong[1], weak[1]))
+        check(name, figures, not stands_on_more(strong[1], weak[1], compared))
 
     logits = torch.cat([predict_logits(model, part) for part in x.split(settings["batch_size"])])
     again = torch.cat([predict_logits(model, part) for part in x.split(settings["batch_size"])])
@@ -1318,11 +1326,12 @@ def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict, ranks: Ranks |
     not_weaker("gradients are not weaker than queries", ("PGD, CW, APGD-T", white), ("Square, 1,000 queries,", black))
     factors = {f"{factor:g}": run(partial(rescaled_pgd, factor=factor, steps=20)) for factor in (1e-4, 0.01, 100, 1e4)}
     best = min(factors, key=lambda factor: int(factors[factor].sum()))
-    not_weaker("no scale of the logits is a better one", ("PGD-20", pgd_20), (f"times {best}", factors[best]))
+    scaled = f"times {best}", factors[best]
+    not_weaker("no scale of the logits is a better one", ("PGD-20", pgd_20), scaled, len(factors))
     radii = [0.5 * eps, eps, 1.5 * eps, 2 * eps]
     falls = [run(partial(pgd_scaled, steps=20), radius) for radius in radii]
     figures = ", ".join(f"{percent(right)} at {radius:.3g}" for radius, right in zip(radii, falls, strict=True))
-    rises = any(stands_on_more(larger, smaller) for smaller, larger in itertools.pairwise(falls))
+    rises = any(stands_on_more(larger, smaller, 3) for smaller, larger in itertools.pairwise(falls))
     check("accuracy falls with eps", f"PGD-20 {figures}", not rises)
     wide = 0.5 if settings["norm"] == "linf" else 0.5 * math.sqrt(x[0].numel())
     unbounded = run(partial(pgd_scaled, steps=100), wide)
@@ -1507,14 +1516,19 @@ def imagenet_c(
     return images, torch.tensor(labels)
 
 
-def published_corruptions(folder: Path, shape: tuple[int, int, int], num_classes: int) -> dict[str, Source]:
-    """The corruptions in FOLDER, of CIFAR-10-C (FOLDER/NAME.npy) or of ImageNet-C (FOLDER/NAME/SEVERITY/WNID/...)."""
+def corruption_files(folder: Path) -> tuple[Callable[..., tuple[Tensor, Tensor]], list[Path]]:
+    """The corruptions in FOLDER and what reads them: CIFAR-10-C's NAME.npy or ImageNet-C's NAME/SEVERITY/WNID/... ."""
     arrays = [path for path in folder.glob("*.npy") if path.stem != "labels"]
     found = arrays or [path.parent for path in folder.glob("*/1")]
     if not found:
         raise common.UserError(f"{folder}: neither NAME.npy (CIFAR-10-C) nor NAME/1 to 5 (ImageNet-C) is in it")
-    read = cifar_c if arrays else imagenet_c
-    return {path.stem.replace("_", " "): partial(read, path, shape, num_classes) for path in sorted(found)}
+    return cifar_c if arrays else imagenet_c, sorted(found)
+
+
+def published_corruptions(folder: Path, shape: tuple[int, int, int], num_classes: int) -> dict[str, Source]:
+    """Each corruption in FOLDER, for images of this shape and so many classes."""
+    read, paths = corruption_files(folder)
+    return {path.stem.replace("_", " "): partial(read, path, shape, num_classes) for path in paths}
 
 
 def subset(total: int, n: int | None) -> Tensor:
@@ -1613,7 +1627,7 @@ def geodesic_pgd(
             margin = cw_margin(logits, y[active])
             wrong = logits.scatter(1, y[active, None], -math.inf).argmax(1)
             cos = models.cosine(z, model.fc.weight).gather(1, wrong[:, None]).squeeze(1)
-            fooled = margin > 1e-4 * logits.abs().amax(1)  # a thinner margin may be rounding: push on
+            fooled = margin > common.rounding(logits)  # a thinner one: push on
             (grad,) = torch.autograd.grad(torch.where(fooled, cos, margin).sum(), x_now)
             still = ~(fooled & (models.arccos(cos) < thresholds[wrong] - 1e-4))
             active, x_now, grad = active[still], x_now[still], grad[still]
@@ -1683,19 +1697,20 @@ CURVES: dict[str, Attack] = {"PGD on CE": pgd_scaled, "PGD on the margin": cw_in
 CURVE_EPS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)  # times eps
 CURVE_STEPS = (1, 2, 5, 10, 20, 50, 100)
 CURVE_RESTARTS = (1, 2, 3, 4, 5)
+CURVE_ATTACK = 20  # steps, where they do not vary
 
 
-def robustness_curves(model: nn.Module, x: Tensor, y: Tensor, settings: dict, steps: int = 20) -> dict:
-    """Accuracy against eps and restarts under PGD-`steps`, and against the number of steps (Carlini et al. 2019).
+def robustness_curves(model: nn.Module, x: Tensor, y: Tensor, settings: dict) -> dict:
+    """Accuracy against eps and restarts under PGD-20, and against the number of steps (Carlini et al. 2019).
 
     settings are evaluate's. Returns n, norm, eps, `attack_steps`, and `axes`: for each its values `at` and the counts
     `right` {attack: [...]}. Restarts add up: each one attacks what the ones before it left standing.
     """
     model.eval()
-    clean = torch.cat([predict(model, part) for part in in_batches(x, settings["batch_size"], y.device)]) == y
+    clean = predictions(model, x, settings["batch_size"], y.device) == y
     base = settings | {"restarts": 1, "step_size": None}
 
-    def right(name: str, steps: int, alive: Tensor = clean, **changed: float) -> Tensor:
+    def right(name: str, alive: Tensor = clean, steps: int = CURVE_ATTACK, **changed: float) -> Tensor:
         attack = partial(CURVES[name], steps=steps)
         return run_attack(model, name, attack, x, y, alive, base | changed, Journal())["right"]
 
@@ -1703,15 +1718,15 @@ def robustness_curves(model: nn.Module, x: Tensor, y: Tensor, settings: dict, st
     eps = [factor * settings["eps"] for factor in CURVE_EPS if factor * settings["eps"] <= widest]
     curves = {axis: {} for axis in ("eps", "steps", "restarts")}
     for name in CURVES:
-        curves["eps"][name] = [int((right(name, steps, eps=e) if e else clean).sum()) for e in eps]
-        curves["steps"][name] = [int(right(name, n).sum()) for n in CURVE_STEPS]
+        curves["eps"][name] = [int((right(name, eps=e) if e else clean).sum()) for e in eps]
+        curves["steps"][name] = [int(right(name, steps=n).sum()) for n in CURVE_STEPS]
         alive, curves["restarts"][name] = clean, []
         for restart in CURVE_RESTARTS:
-            alive = right(name, steps, alive, seed=settings["seed"] + restart - 1)
+            alive = right(name, alive, seed=settings["seed"] + restart - 1)
             curves["restarts"][name].append(int(alive.sum()))
     values = {"eps": eps, "steps": list(CURVE_STEPS), "restarts": list(CURVE_RESTARTS)}
     axes = {axis: {"at": values[axis], "right": curves[axis]} for axis in curves}
-    return {"n": len(y), "norm": settings["norm"], "eps": settings["eps"], "attack_steps": steps, "axes": axes}
+    return {"n": len(y), "norm": settings["norm"], "eps": settings["eps"], "attack_steps": CURVE_ATTACK, "axes": axes}
 
 
 def plot_robustness_curves(result: dict, path: Path) -> None:
@@ -1803,7 +1818,7 @@ def feature_map(model: models.Classifier, x: Tensor, x_adv: Tensor, y: Tensor, s
     if method == "t-SNE":
         z = TSNE(perplexity=min(30, len(z) / 4), init="pca", random_state=seed).fit_transform(z)
     clean, attacked = (part.tolist() for part in np.split(z.astype(float).round(3), 2))
-    right = torch.cat([predict(model, part) for part in x_adv.split(250)]) == y
+    right = predictions(model, x_adv, 250, y.device) == y
     places = {"clean": clean, "attacked": attacked, "method": method}
     return {"label": y.tolist(), "right_attacked": right.tolist(), **places}
 
@@ -1855,7 +1870,7 @@ def plot_examples(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, path: P
     """
     plt = pyplot()
     model.eval()
-    clean, attacked = (torch.cat([predict(model, part) for part in images.split(250)]) for images in (x, x_adv))
+    clean, attacked = (predictions(model, images, 250, y.device) for images in (x, x_adv))
     fooled = (clean == y) & (attacked != y)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(common.SPLIT_SEED)).to(y.device)
     rows = order[(~fooled[order]).to(torch.uint8).argsort(stable=True)][:count]
@@ -2820,6 +2835,8 @@ def refuse_what_cannot_be(args: argparse.Namespace, attacks: dict[str, Attack], 
     """Raises UserError before the work rather than after it."""
     for name, attack in attacks.items():
         budget(name, attack, settings)
+    if args.corruptions:
+        corruption_files(Path(args.corruptions))
     if args.geodesic and args.norm != "linf":
         raise common.UserError("--geodesic: its adaptive attack knows the Linf ball alone")
     for name, model, meta in found:

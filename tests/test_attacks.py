@@ -184,6 +184,29 @@ def test_an_offset_of_all_logits_does_not_hide_what_is_fooled():
 
 
 @pytest.mark.parametrize(
+    "name", ["pgd-20", "apgd-ce", "apgd-t", "fab-t", "mta-20", "deepfool", "square", "rays", "autoattack"]
+)
+@pytest.mark.parametrize("masked", [-1e6, -1e9])
+def test_a_masked_class_does_not_hide_what_is_fooled(linear_model, name, masked):
+    """Classes that a model rules out by a huge negative logit change no verdict, in any attack."""
+    torch.manual_seed(0)
+    x, plain = torch.rand(12, 1, 4, 4), linear_model(torch.randn(5, 16))
+    y = plain(x).argmax(1)
+
+    class Masked(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([plain(x), torch.full((len(x), 2), masked)], 1)
+
+    settings = dict(known="digits", norm="linf", eps=0.05, step_size=None, restarts=1, batch_size=12, seed=0, amp=False)
+    attack = eval_all.find_attack(name)
+    rights = [
+        eval_all.attack_batch(name, attack, model, x, y, torch.arange(12), settings, 0)["right"]
+        for model in (plain, Masked())
+    ]
+    assert 0 < int(rights[0].sum()) < 12 and (rights[0] == rights[1]).float().mean() > 0.8
+
+
+@pytest.mark.parametrize(
     "name", ["fgsm", "pgd-2", "mta-2", "feature-2", "apgd-ce-2", "apgd-t-2", "fab-t-2", "deepfool-2", "cw-l2-2"]
 )
 def test_a_gradient_that_is_not_finite_stops_the_attack(small_model, name):
@@ -208,7 +231,20 @@ def test_a_gradient_that_is_not_finite_stops_the_attack(small_model, name):
     ("mnist", 0.3, 20, 0.0375), ("cifar10", 0.5, 20, 0.0625), ("cifar10", 0.031, 10, 0.00775),
 ])  # fmt: skip
 def test_the_default_step_is_the_papers_where_it_can_cross_the_ball(known, eps, steps, expected):
-    assert eval_all.default_step_size(known, eps, steps, "linf") == pytest.approx(expected)
+    settings = {"known": known, "eps": eps, "norm": "linf", "step_size": None}
+    name = f"pgd-{steps}"
+    assert eval_all.budget(name, eval_all.find_attack(name), settings)["step_size"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name, eps, expected", [
+    ("feature", 0.031, 1 / 255), ("feature", 0.3, 0.015), ("spsa-20", 0.031, 0.01), ("nes-20", 0.3, 0.0375),
+])  # fmt: skip
+def test_attacks_with_a_step_of_their_own_cross_a_wide_ball_too(name, eps, expected):
+    settings, attack = {"known": "mnist", "eps": eps, "norm": "linf", "step_size": None}, eval_all.find_attack(name)
+    assert eval_all.budget(name, attack, settings)["step_size"] == pytest.approx(expected)
+    assert eval_all.budget(name, attack, settings | {"step_size": 0.02})["step_size"] == 0.02
+    named = eval_all.find_attack(f"{name}@0.005")
+    assert eval_all.budget(name, named, settings | {"step_size": 0.02}).get("step_size", 0.005) == 0.005
 
 
 def test_autoattack_official_is_seeded_and_bounded_by_the_number_of_classes(monkeypatch):

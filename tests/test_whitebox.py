@@ -121,6 +121,26 @@ def test_auto_pgd_halves_where_the_loss_does_not_rise_and_takes_the_best_up_agai
     assert state["halved"].tolist() == [False, True, True] and state["rises"].sum() == 0
 
 
+def test_auto_pgd_counts_the_steps_that_raised_the_loss(small_model, monkeypatch):
+    """Before its first check 22 of 100 steps can have; the random start is none."""
+    losses, counted = [], []
+
+    def loss(logits, y):
+        losses.append(eval_all.ce(logits, y))
+        return losses[-1]
+
+    def check(state, interval):
+        counted.append((state["rises"].clone(), interval))
+
+    monkeypatch.setattr(eval_all, "_halve_steps", check)
+    torch.manual_seed(0)
+    x = torch.rand(8, 1, 8, 8)
+    with common.attack_mode(small_model):
+        eval_all.apgd(small_model, x, small_model(x).argmax(1), eps=1e-4, loss=loss)
+    values = torch.stack(losses[:23]).detach()
+    assert counted[0][1] == 22 and torch.equal(counted[0][0], (values[1:] > values[:-1]).sum(0).float())
+
+
 def test_auto_pgd_does_no_worse_than_pgd_on_a_network(small_model):
     torch.manual_seed(0)
     x = torch.rand(64, 1, 8, 8)
