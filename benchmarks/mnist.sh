@@ -101,12 +101,15 @@ evaluations() { # row, kind
 
 do_rows "$@"
 
-# From each of four models to each, when all of them are here: a set of results of its own, which no row's --redo deletes.
+# From each of four models to each, when all of them are here: results of their own, made anew when one of them was.
 transfer() { # seed
     flock -n 9 || return 0
     local row sources=("pgd-s$1" "trades-he-s$1" "weightpen-s$1" "dsphere-s$1")
     for row in "${sources[@]}"; do
         [ -e "$runs/$row/made_by" ] || return 0 # another process is at it, and will come by
+    done
+    for row in "${sources[@]}"; do
+        [ "$results-transfer/$row/transfer/eval.json" -nt "$runs/$row/made_by" ] || rm -rf "$results-transfer"/*-s"$1"
     done
     for row in "${sources[@]}"; do
         results=$results-transfer evaluate "$row" "$row/transfer" --n 1000 --attacks clean --source "${sources[@]/#/$runs/}"

@@ -1,7 +1,7 @@
 # What mnist.sh, cifar10.sh and digits.sh share. They set `dataset`, `rows` (a line each: NAME KIND SCRIPT FLAGS) and a
 # function `evaluations ROW KIND`. Each row is trained, evaluated, and its eval.json and verdicts.npz kept in
 # benchmarks/results/DATASET/NAME-sSEED. What is done is skipped, what was interrupted goes on. With --redo the rows named
-# are made anew, of each seed that has results: their networks and results are deleted first.
+# are made anew, of each seed that has results, or of seed 0: their networks and results are deleted first.
 #
 # Every process takes the next row that no other one is at: on a CPU start one a core. From the environment:
 #     SEEDS="0 1", of --redo too  RUNS=runs/DATASET, for checkpoints  DATA=data, for the dataset's file  PYTHON=python
@@ -38,28 +38,36 @@ do_row() { # row, kind, script and flags
     evaluations "$1" "$2"
 }
 
-redo() { # names of rows: away with what there is of them
+redo() { # names of rows: away with what there is of them, and again
     local row seed
     [ $# -gt 0 ] || { echo "--redo needs the names of rows" >&2; exit 2; }
-    seeds=${SEEDS:-$(for row in "$@"; do compgen -G "$results/$row-s[0-9]*"; done | sed 's/.*-s//' | sort -nu)}
+    check_names "$@"
+    mkdir -p "$runs"
     for row in "$@"; do
+        seeds=${SEEDS:-$(compgen -G "$results/$row-s[0-9]*" | sed 's/.*-s//' | sort -n || true)}
+        seeds=${seeds:-0}
         for seed in $seeds; do
             (
                 flock -n 9 || { echo "another process is at $row-s$seed" >&2; exit 2; }
                 rm -rf {"$results","$runs/evaluations"}/"$row"{,-float32}-s"$seed" "$runs/$row-s$seed"
             ) 9>"$runs/$row-s$seed.lock"
         done
+        do_rows "$row"
+    done
+}
+
+check_names() { # of rows
+    local name
+    for name in "$@"; do
+        grep -q "^$name " <<<"$rows" || { echo "no row $name" >&2; exit 2; }
     done
 }
 
 do_rows() { # --redo, names of rows; none means all
-    local failed=0 wanted first=${1:-}
-    [ "$first" != --redo ] || shift
-    for wanted in "$@"; do
-        grep -q "^$wanted " <<<"$rows" || { echo "no row $wanted" >&2; exit 2; }
-    done
+    local failed=0
+    [ "${1:-}" != --redo ] || { redo "${@:2}"; return; }
+    check_names "$@"
     mkdir -p "$runs"
-    [ "$first" != --redo ] || redo "$@"
     for seed in $seeds; do
         while read -r -u 8 name kind command; do
             [ -n "$name" ] && { [ $# = 0 ] || [[ " $* " == *" $name "* ]]; } || continue
