@@ -2312,6 +2312,9 @@ class Verdicts(NamedTuple):
     label: np.ndarray
     right: np.ndarray
 
+    def in_order(self) -> bool:
+        return len(self.index) == len(self.label) == len(self.right) and bool((np.diff(self.index) > 0).all())
+
     def at(self, index: np.ndarray) -> "Verdicts":
         place = np.searchsorted(self.index, index)
         return Verdicts(index, self.label[place], self.right[place])
@@ -2338,9 +2341,12 @@ class Evaluated:
         """What the eval.json of one model says, with the verdicts.npz beside it."""
         try:
             result = json.loads(path.read_text())
+            told = [result["dataset"], result["norm"], result["eps"], *(row["n"] for row in result["attacks"].values())]
             with np.load(path.with_name("verdicts.npz"), allow_pickle=False) as arrays:
                 images = arrays["index"], arrays["label"]
                 found = {name: Verdicts(*images, arrays[name]) for name in result["attacks"] if name != WORST}
+            if None in told or any(not own.in_order() for own in found.values()):
+                raise ValueError("what it says is not of one image after the other")
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise common.UserError(f"{path}: not the evaluation of one model ({error})") from None
         for fact in ("dataset", "norm", "eps", "weights"):
@@ -2466,30 +2472,36 @@ def as_table(heads: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))
 
 
-def columns_of(about: str) -> list[str]:
-    """The names in the head of a block, separated by commas. Raises UserError where one is no attack."""
+def columns_of(about: str, *others: str) -> list[str]:
+    """The names in the head of a block, separated by commas: attacks or one of `others`, or it raises UserError."""
     columns = re.split(r",\s*", about)
     for column in columns:
-        if column not in (AUDIT, WORST) and FROM not in column:
+        if column not in (*others, *ATTACKS) and FROM not in column:
             find_attack(column)
     return columns
 
 
+def figures_of(paper: list[str], columns: list[str]) -> list[str]:
+    """The paper's figures for the columns, as the rest of a row gives them, empty where it gives none."""
+    figures = re.split(r",\s*", paper[0]) if paper else []
+    if len(figures) > len(columns):
+        raise ValueError(f"{paper[0]} are more figures of the paper than columns")
+    return figures + [""] * (len(columns) - len(figures))
+
+
 def draw_table(about: str, rows: list[list[str]], found: Evaluations) -> str:
     """A table in Markdown: rows are label, NAME and the paper's figures, - where it has none."""
-    columns, lines, counts = columns_of(about), [], {}
+    columns, lines, counts = columns_of(about, WORST, AUDIT), [], {}
     check_same_ball(model for _, name, *_ in rows for model in found.get(name, {}).values())
-    for label, name, *papers in rows:
+    for label, name, *paper in rows:
         seeds = complete(found.get(name, {}), columns)
         if not seeds:
             print(f"--report: no evaluation of {name}, left out", file=sys.stderr)
             continue
-        ours, papers = table_row(seeds, columns), re.split(r",\s*", papers[0]) if papers else []
+        ours = table_row(seeds, columns)
         for column, figures in zip(columns, ours, strict=True):
             counts.setdefault(column, set()).update({figures["n"]} if isinstance(figures, dict) else ())
-        if len(papers) > len(columns):
-            raise ValueError(f"{label} has more figures of the paper than columns")
-        cells = map(cell, ours, papers + [""] * (len(columns) - len(papers)))
+        cells = map(cell, ours, figures_of(paper, columns))
         lines.append([f"{label} `{Path(name).name}`", str(len(seeds)), *cells])
     sizes = {column: " / ".join(f"{n:,}" for n in sorted(counts[column])) for column in columns if counts.get(column)}
     heads = [f"{column}<br>n = {sizes[column]}" if column in sizes else column for column in columns]
@@ -2515,7 +2527,7 @@ def known_rows(columns: list[str], rows: list[list[str]], found: Evaluations) ->
 def draw_dots(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
     """The accuracies of a table's rows with their intervals, a line a row, a marker an attack."""
     plt = pyplot()
-    columns = columns_of(about)
+    columns = columns_of(about, WORST)
     known = known_rows(columns, rows, found)
     lines = list(known.values())
     figure, axis = plt.subplots(figsize=(7, 1.1 + 0.36 * len(lines)), layout="constrained")
@@ -2663,11 +2675,10 @@ def in_points(result: dict) -> str:
 def draw_comparisons(about: str, rows: list[list[str]], found: Evaluations) -> str:
     """A table of differences, empty where there is none to make."""
     columns, lines = columns_of(about), []
-    for label, names, *papers in rows:
+    for label, names, *paper in rows:
         name, other = names.split(" vs ")
         results = [compare(found, name, other, column) for column in columns]
-        papers = re.split(r",\s*", papers[0]) if papers else ["-"] * len(columns)
-        cells = [cell(result and in_points(result), paper) for result, paper in zip(results, papers, strict=True)]
+        cells = map(cell, [result and in_points(result) for result in results], figures_of(paper, columns))
         if seeds := dict.fromkeys(", ".join(result["seeds"]) for result in results if result):
             lines.append([label, " / ".join(seeds), *cells])
         else:
@@ -2702,6 +2713,8 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
         rows = [[part.strip() for part in line.split("|")] for line in lines]
         name, _, about = first.partition(" ")
         try:
+            if not rows or not all(2 <= len(row) <= 3 for row in rows):
+                raise ValueError("its rows are no LABEL | NAME | FIGURES")
             if kind in ("table", "compare"):
                 return {"table": draw_table, "compare": draw_comparisons}[kind](first, rows, found)
             (out.parent / name).parent.mkdir(parents=True, exist_ok=True)
