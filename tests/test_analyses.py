@@ -384,6 +384,7 @@ def test_the_command_line_writes_the_figures_and_refuses_what_it_cannot_do(cli, 
     assert "choose from curves" in refused("eval_all", tmp_path / "run", "--analyze", "everything")
     flags = ["--epochs", "1", "--limit", "164", "--steps", "1", "--out", tmp_path / "pgd"]
     assert cli("train_pgd_he", *flags)[0] == 0
+    assert "neither NAME.npy" in refused("eval_all", tmp_path / "run", "--corruptions", tmp_path / "nowhere")
     assert "train_dsphere.py writes them" in refused("eval_all", tmp_path / "pgd", "--attacks", "fgsm", "--geodesic")
     assert "rays knows the Linf ball alone" in refused(
         "eval_all", tmp_path / "pgd", "--attacks", "rays", "--norm", "l2"
