@@ -250,7 +250,7 @@ def apgd(
     labels = torch.stack([y] if target is None else [y, target], 1)
     s = {"row": torch.arange(len(x), device=x.device), "x": x, "labels": labels, "now": now, "before": now, "best": now}
     s |= {"best_grad": now, "step": torch.full_like(x[:, :1, :1, :1], 2 * eps), "halved": torch.ones_like(y).bool()}
-    s |= {"value": bottom, "best_value": bottom, "checked": bottom, "rises": bottom.clamp(min=-1)}  # the start is none
+    s |= {"best_value": bottom, "checked": bottom, "value": -bottom, "rises": torch.zeros_like(bottom)}  # none at first
     x_adv, since, interval = now.clone(), 0, max(int(0.22 * steps), 1)
     for i in range(steps + 1):
         now = s["now"].detach().requires_grad_()
