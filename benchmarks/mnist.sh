@@ -48,12 +48,12 @@ fast-mhe              he         train_fast_he.py --head mhe $short
 free                  he         train_free_he.py --head linear --limit 20000
 free-he               he         train_free_he.py --limit 20000
 free-mhe              he         train_free_he.py --head mhe --limit 20000
-cnn-fgsm              nat        train_dsphere.py --correlation inner --train fgsm $robust
-dsphere-fgsm          nat        train_dsphere.py --train fgsm $robust
-dsphere-wm-fgsm       nat        train_dsphere.py --loss wm --train fgsm $robust
-dsphere-wm-quad-fgsm  nat        train_dsphere.py --loss wm --correlation quadratic --train fgsm $robust
-dsphere-anneal-fgsm   nat        train_dsphere.py --loss annealing --train fgsm $robust
-dsphere-wm-trunc-fgsm nat        train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
+cnn-fgsm              sphere     train_dsphere.py --correlation inner --train fgsm $robust
+dsphere-fgsm          sphere     train_dsphere.py --train fgsm $robust
+dsphere-wm-fgsm       sphere     train_dsphere.py --loss wm --train fgsm $robust
+dsphere-wm-quad-fgsm  sphere     train_dsphere.py --loss wm --correlation quadratic --train fgsm $robust
+dsphere-anneal-fgsm   sphere     train_dsphere.py --loss annealing --train fgsm $robust
+dsphere-wm-trunc-fgsm sphere     train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
 cnn-pgd               sphere     train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
 dsphere-pgd           sphere     train_dsphere.py --train pgd --schedule cosine $robust
 dsphere-wm-pgd        sphere     train_dsphere.py --loss wm --train pgd --schedule cosine $robust
@@ -73,7 +73,8 @@ evaluations() { # row, kind
         evaluate "$1" "$1/audit" --amp --attacks clean --audit
         ;;
     sphere) # its networks take four times as long as small_cnn
-        evaluate "$1" "$1/fast" --amp --attacks fgsm,pgd-100@0.01
+        evaluate "$1" "$1/fast" --amp --attacks fgsm
+        evaluate "$1" "$1/pgd" --amp --n 2000 --attacks pgd-100@0.01
         evaluate "$1" "$1/strong" --amp --n 200 --attacks autoattack
         evaluate "$1" "$1/audit" --amp --attacks clean --audit
         ;;
