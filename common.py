@@ -740,7 +740,8 @@ def attack_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def rounding(logits: Tensor) -> Tensor:
     """How far two logits of an image may be apart, (B,), and still count as equal: a small part of what the likeliest
-    classes differ by. A class that is masked by a huge negative logit, or an offset that all share, is no distance."""
+    classes differ by. An offset that all share is no distance, nor is a class that a huge negative logit masks, where
+    four classes are left."""
     k = logits.shape[1]
     top = logits.topk(min(4, k // 2 + 1), 1).values
     return 1e-4 * (top[:, 0] - top[:, -1]) + 1e-6 * top.abs().amax(1)

@@ -1240,8 +1240,8 @@ def evaluate(
 
 # ------------------------------------------------------------------------------------------------------------ audit
 # When a robustness figure should not be believed (Athalye et al. 2018; Carlini et al. 2019). A difference between two
-# attacks on the same images counts where McNemar's exact test leaves it less than 1 % of chance, over all that a check
-# compares.
+# attacks on the same images counts where McNemar's exact one-sided test gives p < 0.01, divided by the number of
+# comparisons in the check.
 
 AUDIT_IMAGES = 200
 
@@ -2312,8 +2312,9 @@ class Verdicts(NamedTuple):
     label: np.ndarray
     right: np.ndarray
 
-    def in_order(self) -> bool:
-        return len(self.index) == len(self.label) == len(self.right) and bool((np.diff(self.index) > 0).all())
+    def fits(self, n: int) -> bool:
+        whole = all(values.shape == (n,) for values in self) and self.right.dtype == bool
+        return whole and bool((np.diff(self.index) > 0).all())
 
     def at(self, index: np.ndarray) -> "Verdicts":
         place = np.searchsorted(self.index, index)
@@ -2341,20 +2342,21 @@ class Evaluated:
         """What the eval.json of one model says, with the verdicts.npz beside it."""
         try:
             result = json.loads(path.read_text())
-            told = [result["dataset"], result["norm"], result["eps"], *(row["n"] for row in result["attacks"].values())]
+            if None in (result["dataset"], result["norm"], result["eps"]):
+                raise ValueError("it names no ball")
             with np.load(path.with_name("verdicts.npz"), allow_pickle=False) as arrays:
                 images = arrays["index"], arrays["label"]
                 found = {name: Verdicts(*images, arrays[name]) for name in result["attacks"] if name != WORST}
-            if None in told or any(not own.in_order() for own in found.values()):
-                raise ValueError("what it says is not of one image after the other")
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            if any(not own.fits(result["attacks"][name]["n"]) for name, own in found.items()):
+                raise ValueError("its verdicts are no bool for each of n images, in ascending order")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise common.UserError(f"{path}: not the evaluation of one model ({error})") from None
         for fact in ("dataset", "norm", "eps", "weights"):
             told = result.get(fact)  # the first evaluations of a benchmark said nothing of weights
             if told is not None and told != self.facts.setdefault(fact, told):
                 raise common.UserError(f"{path}: its {fact} is not that of the same model's other evaluations")
         rows, seconds = result["attacks"], sum(row.get("seconds", 0.0) for row in result["attacks"].values())
-        analyses = self.facts["analyses"] | result.get("analyses", {})
+        analyses = self.facts["analyses"] | (result.get("analyses") or {})
         self.facts |= result | {"seconds": self.facts["seconds"] + seconds, "analyses": analyses}
         for name, verdicts in found.items():
             if name not in self.rows or rows[name]["n"] > self.rows[name]["n"]:
@@ -2413,13 +2415,14 @@ def over_seeds(seeds: Seeds, attack: str) -> dict | None:
     if not verdicts or None in verdicts:
         return None
     rows = [accuracy_of(torch.from_numpy(own.right)) for own in verdicts]
-    dataset, norm, eps = (next(iter(seeds.values())).facts[fact] for fact in ("dataset", "norm", "eps"))
+    first = next(iter(seeds.values()))
+    ball = first.rows.get(attack, first.facts)  # cw-l2 and fgsm-l2 have their own
     return {
         "accuracy": statistics.fmean(row["accuracy"] for row in rows),
         "low": min(row["low"] for row in rows),
         "high": max(row["high"] for row in rows),
         "n": min(row["n"] for row in rows),
-        "setting": f"{dataset}, {NORMS[norm]} eps {eps:.3g}",
+        "setting": f"{first.facts['dataset']}, {NORMS[ball['norm']]} eps {ball['eps']:.3g}",
     }
 
 
@@ -2508,17 +2511,17 @@ def draw_table(about: str, rows: list[list[str]], found: Evaluations) -> str:
     return as_table(["", "seeds", *heads], lines)
 
 
-def known_rows(columns: list[str], rows: list[list[str]], found: Evaluations) -> dict[str, list[dict]]:
-    """The figures, by label, of those rows of a table that have one in each column."""
+def known_rows(columns: list[str], rows: list[list[str]], found: Evaluations) -> list[tuple[str, list[dict]]]:
+    """The labels and figures of those rows of a table that have one in each column."""
     check_same_ball(model for _, name, *_ in rows for model in found.get(name, {}).values())
-    known = {}
+    known = []
     for label, name, *_ in rows:
         seeds = complete(found.get(name, {}), columns)
         figures = table_row(seeds, columns) if seeds else [None]
         if None in figures:
             print(f"--report: no evaluation of {name} under all of {', '.join(columns)}, left out", file=sys.stderr)
         else:
-            known[label] = figures
+            known.append((label, figures))
     if not known:
         raise ValueError("no row has been evaluated so")
     return known
@@ -2528,8 +2531,7 @@ def draw_dots(path: Path, about: str, rows: list[list[str]], found: Evaluations)
     """The accuracies of a table's rows with their intervals, a line a row, a marker an attack."""
     plt = pyplot()
     columns = columns_of(about, WORST)
-    known = known_rows(columns, rows, found)
-    lines = list(known.values())
+    labels, lines = zip(*known_rows(columns, rows, found), strict=True)
     figure, axis = plt.subplots(figsize=(7, 1.1 + 0.36 * len(lines)), layout="constrained")
     for i, (column, marker) in enumerate(zip(columns, itertools.cycle("osD^v"), strict=False)):
         own = [line[i] for line in lines]
@@ -2539,7 +2541,7 @@ def draw_dots(path: Path, about: str, rows: list[list[str]], found: Evaluations)
         n = " / ".join(f"{n:,}" for n in sorted({row["n"] for row in own}))
         style = {"fmt": marker, "markersize": 4, "linewidth": 1, "capsize": 2}
         axis.errorbar(accuracy, place, xerr=error, label=f"{column}, n = {n}", **style)
-    axis.set(yticks=range(len(lines)), yticklabels=known, xlim=(-1, 101), ylim=(len(lines) - 0.5, -0.5))
+    axis.set(yticks=range(len(lines)), yticklabels=labels, xlim=(-1, 101), ylim=(len(lines) - 0.5, -0.5))
     axis.set_xlabel(f"accuracy (%); {lines[0][0]['setting']}")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
@@ -2625,13 +2627,13 @@ def paired(a: Tensor, b: Tensor) -> dict:
     """Two models' verdicts on the same images, (N,): both accuracies and n, the 95 % interval of their difference in
     points (Agresti & Min 2005: Wald's, with half an image more in each cell), and McNemar's p, exact and two-sided."""
     gained, lost, n = int((a & ~b).sum()) + 0.5, int((b & ~a).sum()) + 0.5, len(a) + 2
-    reach = Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / n)
+    spread = Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / n)
     return {
         "ours": accuracy_of(a)["accuracy"],
         "theirs": accuracy_of(b)["accuracy"],
         "n": len(a),
-        "low": 100 * (gained - lost - reach) / n,
-        "high": 100 * (gained - lost + reach) / n,
+        "low": 100 * (gained - lost - spread) / n,
+        "high": 100 * (gained - lost + spread) / n,
         "p": min(1.0, 2 * min(chance(a, b), chance(b, a))),
     }
 
@@ -2676,7 +2678,9 @@ def draw_comparisons(about: str, rows: list[list[str]], found: Evaluations) -> s
     """A table of differences, empty where there is none to make."""
     columns, lines = columns_of(about), []
     for label, names, *paper in rows:
-        name, other = names.split(" vs ")
+        name, vs, other = names.partition(" vs ")
+        if not vs:
+            raise ValueError(f"{names!r} is no NAME vs OTHER")
         results = [compare(found, name, other, column) for column in columns]
         cells = map(cell, [result and in_points(result) for result in results], figures_of(paper, columns))
         if seeds := dict.fromkeys(", ".join(result["seeds"]) for result in results if result):

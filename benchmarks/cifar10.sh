@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The table of CIFAR-10 (JPEG copy) in RESULTS.md: DATA/cifar10_jpeg.npz, whose images went through JPEG. An hour and a half
-# a seed on two cores.
+# The table of CIFAR-10 (JPEG copy) in RESULTS.md: DATA/cifar10_jpeg.npz, whose images went through JPEG. An hour and a
+# half a seed on two cores.
 #
 #     benchmarks/cifar10.sh                   # every row, seeds 0 and 1
 #     benchmarks/cifar10.sh --redo pgd-he     # this row, anew

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The grid and the curve of RESULTS.md on scikit-learn's digits: scale and margin of TRADES+HE (HE, Table 9), steps of the
-# attack in training (HE, Fig. 2). About a minute a row.
+# The grid and the curve of RESULTS.md on scikit-learn's digits: scale and margin of TRADES+HE (HE, Table 9), steps of
+# the attack in training (HE, Fig. 2). About a minute a row.
 #
 #     benchmarks/digits.sh
 #     benchmarks/digits.sh --redo pgd-he-steps3

@@ -10,56 +10,56 @@ source "$(dirname "$0")/rows.sh"
 short="--limit 20000 --epochs 6"
 robust="$short --eps-warmup 2"
 rows="
-pgd                   at+wp      train_pgd_he.py --head linear $robust
-pgd-he                at+float32 train_pgd_he.py $robust
-angular               at         train_angular_at.py $robust
-trades                at         train_trades_he.py --head linear $robust
-trades-he             at         train_trades_he.py $robust
-pgd-mhe               he         train_pgd_he.py --head mhe $robust
-trades-mhe            he         train_trades_he.py --head mhe $robust
-angular-none          at         train_angular_at.py --alpha 0 --beta 0 $robust
-angular-wfc           at         train_angular_at.py --beta 0 $robust
-angular-sep           at         train_angular_at.py --alpha 0 $robust
-weightpen             wp         train_weightpen.py --lr 1e-3 --schedule multistep --epochs 8
-weightpen-relu        wp         train_weightpen.py --lr 1e-3 --schedule multistep --epochs 8 --activation relu
-mmc                   wp         train_mmc.py
-abcl                  abcl       train_abcl.py
-abcl-cosface          abcl       train_abcl.py --k1 0 --k2 0
-abcl-sce              abcl       train_abcl.py --base sce --k1 0 --k2 0
-abcl-ht-sce           abcl       train_abcl.py --base ht-sce --k1 0 --k2 0
-cnn                   nat        train_dsphere.py --correlation inner $short
-dsphere               nat        train_dsphere.py $short
-dsphere-wm            nat        train_dsphere.py --loss wm $short
-dsphere-wm-quad       nat        train_dsphere.py --loss wm --correlation quadratic $short
-dsphere-anneal        nat        train_dsphere.py --loss annealing $short
-dsphere-wm-trunc      nat        train_dsphere.py --loss wm --correlation truncated $short
-bfloat16              speed      train_pgd_he.py --limit 8000 --epochs 8 --eps-warmup 3 --amp
-float32               speed      train_pgd_he.py --limit 8000 --epochs 8 --eps-warmup 3 --no-amp
-cnn-plane             plane      train_dsphere.py --correlation inner --feature-dim 2 $short
-dsphere-plane         plane      train_dsphere.py --loss wm --feature-dim 2 $short
-mart                  he+wp      train_mart.py $robust
-mmc-at                he         train_mmc.py --adversarial $robust
-alp                   he         train_alp_he.py --head linear $robust
-alp-he                he         train_alp_he.py $robust
-alp-mhe               he         train_alp_he.py --head mhe $robust
-fast                  he         train_fast_he.py --head linear $short
-fast-he               he         train_fast_he.py $short
-fast-mhe              he         train_fast_he.py --head mhe $short
-free                  he         train_free_he.py --head linear --limit 20000
-free-he               he         train_free_he.py --limit 20000
-free-mhe              he         train_free_he.py --head mhe --limit 20000
-cnn-fgsm              sphere     train_dsphere.py --correlation inner --train fgsm $robust
-dsphere-fgsm          sphere     train_dsphere.py --train fgsm $robust
-dsphere-wm-fgsm       sphere     train_dsphere.py --loss wm --train fgsm $robust
-dsphere-wm-quad-fgsm  sphere     train_dsphere.py --loss wm --correlation quadratic --train fgsm $robust
-dsphere-anneal-fgsm   sphere     train_dsphere.py --loss annealing --train fgsm $robust
-dsphere-wm-trunc-fgsm sphere     train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
-cnn-pgd               sphere     train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
-dsphere-pgd           sphere     train_dsphere.py --train pgd --schedule cosine $robust
-dsphere-wm-pgd        sphere     train_dsphere.py --loss wm --train pgd --schedule cosine $robust
-dsphere-wm-quad-pgd   sphere     train_dsphere.py --loss wm --correlation quadratic --train pgd --schedule cosine $robust
-dsphere-anneal-pgd    sphere     train_dsphere.py --loss annealing --train pgd --schedule cosine $robust
-dsphere-wm-trunc-pgd  sphere     train_dsphere.py --loss wm --correlation truncated --train pgd --schedule cosine $robust
+pgd                   at+wp          train_pgd_he.py --head linear $robust
+pgd-he                at+float32     train_pgd_he.py $robust
+angular               at             train_angular_at.py $robust
+trades                at             train_trades_he.py --head linear $robust
+trades-he             at             train_trades_he.py $robust
+pgd-mhe               he             train_pgd_he.py --head mhe $robust
+trades-mhe            he             train_trades_he.py --head mhe $robust
+angular-none          at             train_angular_at.py --alpha 0 --beta 0 $robust
+angular-wfc           at             train_angular_at.py --beta 0 $robust
+angular-sep           at             train_angular_at.py --alpha 0 $robust
+weightpen             wp             train_weightpen.py --lr 1e-3 --schedule multistep --epochs 8
+weightpen-relu        wp             train_weightpen.py --lr 1e-3 --schedule multistep --epochs 8 --activation relu
+mmc                   wp             train_mmc.py
+abcl                  abcl           train_abcl.py
+abcl-cosface          abcl           train_abcl.py --k1 0 --k2 0
+abcl-sce              abcl           train_abcl.py --base sce --k1 0 --k2 0
+abcl-ht-sce           abcl           train_abcl.py --base ht-sce --k1 0 --k2 0
+cnn                   nat            train_dsphere.py --correlation inner $short
+dsphere               nat            train_dsphere.py $short
+dsphere-wm            nat            train_dsphere.py --loss wm $short
+dsphere-wm-quad       nat            train_dsphere.py --loss wm --correlation quadratic $short
+dsphere-anneal        nat            train_dsphere.py --loss annealing $short
+dsphere-wm-trunc      nat            train_dsphere.py --loss wm --correlation truncated $short
+bfloat16              speed          train_pgd_he.py --limit 8000 --epochs 8 --eps-warmup 3 --amp
+float32               speed          train_pgd_he.py --limit 8000 --epochs 8 --eps-warmup 3 --no-amp
+cnn-plane             plane          train_dsphere.py --correlation inner --feature-dim 2 $short
+dsphere-plane         plane          train_dsphere.py --loss wm --feature-dim 2 $short
+mart                  he+wp          train_mart.py $robust
+mmc-at                he             train_mmc.py --adversarial $robust
+alp                   he             train_alp_he.py --head linear $robust
+alp-he                he             train_alp_he.py $robust
+alp-mhe               he             train_alp_he.py --head mhe $robust
+fast                  he             train_fast_he.py --head linear $short
+fast-he               he             train_fast_he.py $short
+fast-mhe              he             train_fast_he.py --head mhe $short
+free                  he             train_free_he.py --head linear --limit 20000
+free-he               he             train_free_he.py --limit 20000
+free-mhe              he             train_free_he.py --head mhe --limit 20000
+cnn-fgsm              sphere+float32 train_dsphere.py --correlation inner --train fgsm $robust
+dsphere-fgsm          sphere+float32 train_dsphere.py --train fgsm $robust
+dsphere-wm-fgsm       sphere+float32 train_dsphere.py --loss wm --train fgsm $robust
+dsphere-wm-quad-fgsm  sphere+float32 train_dsphere.py --loss wm --correlation quadratic --train fgsm $robust
+dsphere-anneal-fgsm   sphere+float32 train_dsphere.py --loss annealing --train fgsm $robust
+dsphere-wm-trunc-fgsm sphere+float32 train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
+cnn-pgd               sphere         train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
+dsphere-pgd           sphere         train_dsphere.py --train pgd --schedule cosine $robust
+dsphere-wm-pgd        sphere         train_dsphere.py --loss wm --train pgd --schedule cosine $robust
+dsphere-wm-quad-pgd   sphere         train_dsphere.py --loss wm --correlation quadratic --train pgd --schedule cosine $robust
+dsphere-anneal-pgd    sphere         train_dsphere.py --loss annealing --train pgd --schedule cosine $robust
+dsphere-wm-trunc-pgd  sphere         train_dsphere.py --loss wm --correlation truncated --train pgd --schedule cosine $robust
 "
 
 evaluations() { # row, kind
@@ -72,7 +72,7 @@ evaluations() { # row, kind
         evaluate "$1" "$1/strong" --amp --n 1000 --attacks autoattack
         evaluate "$1" "$1/audit" --amp --attacks clean --audit
         ;;
-    sphere) # its networks take four times as long as small_cnn
+    sphere*) # its networks take four times as long as small_cnn
         evaluate "$1" "$1/fast" --amp --attacks fgsm
         evaluate "$1" "$1/pgd" --amp --n 2000 --attacks pgd-100@0.01
         evaluate "$1" "$1/strong" --amp --n 200 --attacks autoattack
@@ -96,13 +96,14 @@ evaluations() { # row, kind
         evaluate "$1" "${1%-s*}-float32-s${1##*-s}/fast" --attacks $fast # what bfloat16 would have missed
         evaluate "$1" "$1/curves" --n 500 --attacks clean --analyze curves
         ;;
+    sphere+float32) evaluate "$1" "${1%-s*}-float32-s${1##*-s}/pgd" --n 500 --attacks pgd-100@0.01 ;;
     abcl) evaluate "$1" "$1/appendix" --attacks bim-20,fgsm-l2 ;;
     esac
 }
 
 do_rows "$@"
 
-# From each of four models to each, when all of them are here: results of their own, made anew when one of them was.
+# From each of four models to each, when all of them are here: results of their own, anew when one of them was.
 transfer() { # seed
     flock -n 9 || return 0
     local row sources=("pgd-s$1" "trades-he-s$1" "weightpen-s$1" "dsphere-s$1")
@@ -118,6 +119,7 @@ transfer() { # seed
 }
 
 pictures() { # of features, by the first seed's networks; their data, a thousand positions each, are not kept
+    flock -n 9 || return 0
     local row out
     for row in weightpen weightpen-relu abcl abcl-cosface abcl-sce cnn-plane dsphere-plane; do
         [ "$runs/$row-s0/made_by" -nt "figures/features-$row.png" ] || continue
@@ -134,4 +136,4 @@ pictures() { # of features, by the first seed's networks; their data, a thousand
 for seed in $seeds; do
     (transfer "$seed") 9>"$runs/transfer-s$seed.lock"
 done
-pictures
+(pictures) 9>"$runs/pictures.lock"

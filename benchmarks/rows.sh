@@ -1,7 +1,7 @@
 # What mnist.sh, cifar10.sh and digits.sh share. They set `dataset`, `rows` (a line each: NAME KIND SCRIPT FLAGS) and a
 # function `evaluations ROW KIND`. Each row is trained, evaluated, and its eval.json and verdicts.npz kept in
-# benchmarks/results/DATASET/NAME-sSEED. What is done is skipped, what was interrupted goes on. With --redo the rows named
-# are made anew, of each seed that has results, or of seed 0: their networks and results are deleted first.
+# benchmarks/results/DATASET/NAME-sSEED. What is done is skipped, what was interrupted goes on. With --redo the rows
+# named are made anew, of each seed that has results, or of seed 0: their networks and results are deleted first.
 #
 # Every process takes the next row that no other one is at: on a CPU start one a core. From the environment:
 #     SEEDS="0 1", of --redo too  RUNS=runs/DATASET, for checkpoints  DATA=data, for the dataset's file  PYTHON=python
@@ -39,21 +39,29 @@ do_row() { # row, kind, script and flags
 }
 
 redo() { # names of rows: away with what there is of them, and again
-    local row seed
+    local row seed failed=0
+    local -A made=() # the seeds of each row
     [ $# -gt 0 ] || { echo "--redo needs the names of rows" >&2; exit 2; }
     check_names "$@"
     mkdir -p "$runs"
     for row in "$@"; do
-        seeds=${SEEDS:-$(compgen -G "$results/$row-s[0-9]*" | sed 's/.*-s//' | sort -n || true)}
-        seeds=${seeds:-0}
-        for seed in $seeds; do
-            (
-                flock -n 9 || { echo "another process is at $row-s$seed" >&2; exit 2; }
-                rm -rf {"$results","$runs/evaluations"}/"$row"{,-float32}-s"$seed" "$runs/$row-s$seed"
-            ) 9>"$runs/$row-s$seed.lock"
+        made[$row]=${SEEDS:-$(compgen -G "$results/$row-s[0-9]*" | sed 's/.*-s//' | sort -n || true)}
+        made[$row]=${made[$row]:-0}
+        for seed in ${made[$row]}; do # before anything is deleted
+            flock -n "$runs/$row-s$seed.lock" true || { echo "another process is at $row-s$seed" >&2; exit 2; }
         done
-        do_rows "$row"
     done
+    for row in "$@"; do
+        for seed in ${made[$row]}; do
+            rm -rf {"$results","$runs/evaluations"}/"$row"{,-float32}-s"$seed" "$runs/$row-s$seed"
+        done
+        set +e # not `||`, under which no failure within would count
+        (set -e; seeds=${made[$row]}; do_rows "$row")
+        [ $? = 0 ] || failed=1
+        set -e
+    done
+    seeds=$(printf '%s\n' "${made[@]}" | tr ' ' '\n' | sort -nu)
+    return $failed
 }
 
 check_names() { # of rows

@@ -183,9 +183,7 @@ def test_an_offset_of_all_logits_does_not_hide_what_is_fooled():
         assert common.fooled(None, None, logits + offset, torch.tensor([0, 0])).tolist() == [True, False]
 
 
-@pytest.mark.parametrize(
-    "name", ["pgd-20", "apgd-ce", "apgd-t", "fab-t", "mta-20", "deepfool", "square", "rays", "autoattack"]
-)
+@pytest.mark.parametrize("name", ["apgd-t", "fab-t", "mta-20", "deepfool", "rays", "autoattack"])
 @pytest.mark.parametrize("masked", [-1e6, -1e9])
 def test_a_masked_class_does_not_hide_what_is_fooled(linear_model, name, masked):
     """Classes that a model rules out by a huge negative logit change no verdict, in any attack."""
@@ -203,7 +201,7 @@ def test_a_masked_class_does_not_hide_what_is_fooled(linear_model, name, masked)
         eval_all.attack_batch(name, attack, model, x, y, torch.arange(12), settings, 0)["right"]
         for model in (plain, Masked())
     ]
-    assert 0 < int(rights[0].sum()) < 12 and (rights[0] == rights[1]).float().mean() > 0.8
+    assert 0 < int(rights[0].sum()) < 12 and torch.equal(*rights)
 
 
 @pytest.mark.parametrize(

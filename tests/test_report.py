@@ -198,6 +198,14 @@ def relabel(folder, what="label"):
     np.savez(folder / "verdicts.npz", **arrays | {what: arrays[what][::-1]})
 
 
+def flip(path):
+    """A bit of the last array."""
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"NUMPY")
+    content[place + 130] ^= 1
+    path.write_bytes(content)
+
+
 def rewrite(folder, **facts):
     (folder / "eval.json").write_text(json.dumps(json.loads((folder / "eval.json").read_text()) | facts))
 
@@ -233,7 +241,11 @@ def says(text):
     (lambda path: rewrite(path / "toy/two-s0", norm=None), "not the evaluation of one model"),
     (lambda path: rewrite(path / "toy/two-s0", attacks={"clean": "95 %"}), "not the evaluation of one model"),
     (lambda path: rewrite(path / "toy/two-s0", attacks={"clean": {"accuracy": 95}}), "not the evaluation of one model"),
+    (lambda path: rewrite(path / "toy/two-s0", attacks=None), "not the evaluation of one model"),
+    (lambda path: rewrite(path / "toy/two-s0", attacks={"clean": {"n": "100"}}), "not the evaluation of one model"),
     (lambda path: relabel(path / "toy/two-s0", "index"), "not the evaluation of one model"),
+    (lambda path: flip(path / "toy/two-s0/verdicts.npz"), "not the evaluation of one model"),
+    (says("```compare clean\nOne | toy/one\n```"), "no NAME vs OTHER"),
     (lambda path: (path / "toy/two-s0").rename(path / "toy/two"), "is in no folder NAME-sSEED"),
 ])  # fmt: skip
 def test_a_report_that_cannot_be_made_is_one_line(cli, results, tmp_path, break_it, complaint):
