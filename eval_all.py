@@ -2559,6 +2559,10 @@ def series(pattern: str, values: str, attack: str, found: Evaluations) -> list[d
     return figures
 
 
+def axis_label(attack: str, row: dict) -> str:
+    return f"accuracy under {attack} (%)\n{row['setting']}, n = {row['n']:,}"
+
+
 def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
     """Accuracy with its interval against what is varied, a line a row."""
     plt = pyplot()
@@ -2569,8 +2573,7 @@ def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations
         accuracy, low, high = ([row[key] for row in figures] for key in ("accuracy", "low", "high"))
         (line,) = axis.plot(at, accuracy, marker=marker, markersize=4, label=label)
         axis.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    about = f"accuracy under {attack} (%)\n{figures[0]['setting']}, n = {figures[0]['n']:,}"
-    axis.set(xlabel=axis_name, ylabel=about, xticks=at)
+    axis.set(xlabel=axis_name, ylabel=axis_label(attack, figures[0]), xticks=at)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=200)
@@ -2592,9 +2595,7 @@ def draw_grid(path: Path, about: str, rows: list[list[str]], found: Evaluations)
     axis.set_xticks(range(cells.shape[1]), rows[0][2].split(","))
     axis.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axis.set_xlabel(axis_name)
-    first = figures[0][0]
-    about = f"accuracy under {attack} (%)\n{first['setting']}, n = {first['n']:,}"
-    figure.colorbar(image, ax=axis, label=about)
+    figure.colorbar(image, ax=axis, label=axis_label(attack, figures[0][0]))
     figure.savefig(path, dpi=200)
     plt.close(figure)
 
