@@ -974,17 +974,8 @@ SCHEDULES = {  # lr / --lr as a function of the share of the run that is done, i
     "late": lambda done: 0.1 ** ((done >= 34 / 64) + (done >= 54 / 64)),  # at 34 k and 54 k of 64 k iterations
     "constant": lambda done: 1.0,
 }
-MAY_CHANGE = (
-    "epochs",
-    "iterations",
-    "resume",
-    "out",
-    "data_dir",
-    "workers",
-    "device",
-    "amp",
-    "compile",
-)  # between a run and its --resume
+# between a run and its --resume
+MAY_CHANGE = ("epochs", "iterations", "resume", "out", "data_dir", "workers", "device", "amp", "compile")
 
 
 def build_model(args: argparse.Namespace, data: Data, **options: object) -> models.Classifier:
