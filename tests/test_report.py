@@ -90,7 +90,7 @@ def results(tmp_path):
         }
         write_evaluation(tmp_path / "results" / f"toy/one-s{seed}" / "fast", rights, **facts)
         few = np.array([10, 40, 65, 99])
-        audit = [{"check": "c", "figures": "", "passed": seed == 0}]
+        audit = [{"check": c, "figures": "", "passed": seed == 0 or c != "c"} for c in "abc"]
         found = {"angles": {"smallest": 90.0 + seed, "largest": 100.0, "within": 5.0}}
         rights = {"clean": few < 95, "square": np.array([True, False, True, False])}
         folder = tmp_path / "results" / f"toy/one-s{seed}" / "strong"
@@ -115,14 +115,14 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     worst = f"37.50 ± {max(37.5 - eval_all.wilson(1, 4)[0], eval_all.wilson(2, 4)[1] - 37.5):.2f}"
     clean, pgd = f"95.00 ± {95 - eval_all.wilson(95, 100)[0]:.2f}", f"65.00 ± {max(65 - low, high - 65):.2f}"
     square = f"50.00 ± {50 - eval_all.wilson(2, 4)[0]:.2f} <sub>0.5-0.6</sub>"
-    row = f"| One `one` | 2 | {clean} <sub>90.1</sub> | {pgd} | {square} | {worst} <sub>50</sub> | fails 0 and 1 of 1 |"
+    row = f"| One `one` | 2 | {clean} <sub>90.1</sub> | {pgd} | {square} | {worst} <sub>50</sub> | fails 0 and 1 of 3 |"
     assert row in text, text
     two = f"40.00 ± {eval_all.wilson(40, 100)[1] - 40:.2f}"
     assert f"| Two `two` | 1 | {clean} | {two} |  | {two} | not made |" in text and "Never run" not in text
     assert f"It stands 65.00 ({low:.2f} - {high:.2f}), 37.50 (" in text
     assert "60.00 against 40.00 (more: p < 0.001; n = 100, seed 0), " in text
     assert "95.00 against 95.00 (no difference shown: p 1, 1; n = 100, seeds 0, 1)" in text
-    assert "audit fails 0 and 1 of 1; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
+    assert "audit fails 0 and 1 of 3; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
     assert "| `toy/one` | 0, 1 | net | 3, all | 2, 2 | 10.0 | 4.0 | slide rule; abacus |" in text
     none, some = reach(0, ends(0, 0, 100)), reach(20, ends(20, 0, 100))
     assert f"| One over two | 0 | +0.00 ± {none} | *+20.00 ± {some}* <sub>25</sub> |  |" in text
@@ -140,18 +140,21 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
 
 def test_a_difference_is_one_that_mcnemars_test_finds_and_that_seeds_do_not_turn():
     """12 images gained and 3 lost: p = 2 * P(at least 12 of 15 heads) = 0.035; 10 and 3: 0.092."""
-    for gained, p, verdict in ((10, "0.092", "no difference shown"), (12, "0.035", "more")):
+    none = "no difference shown"
+    for gained, p, verdict, turned in ((10, "0.092", none, none), (12, "0.035", "more", "less")):
         found = {"a": {0: eval_all.Evaluated()}, "b": {0: eval_all.Evaluated()}}
         b = np.arange(100) >= gained
         for name, right in (("a", np.arange(100) < 97), ("b", b)):
             found[name][0].facts["dataset"] = "toy"
             found[name][0].verdicts["pgd"] = verdicts(right)
         assert f"({verdict}: p {p}; n = 100" in eval_all.in_words(eval_all.compare(found, "a", "b", "pgd"))
+        assert f"({turned}: p {p}; n = 100" in eval_all.in_words(eval_all.compare(found, "b", "a", "pgd"))
     for name, right in (("a", first(70, 100)), ("b", first(50, 100))):  # seed 1 of a is below seed 0 of b
         found[name][1] = eval_all.Evaluated()
         found[name][1].facts["dataset"] = "toy"
         found[name][1].verdicts["pgd"] = verdicts(right)
-    assert "no difference shown: p 0.035, < 0.001" in eval_all.in_words(eval_all.compare(found, "a", "b", "pgd"))
+    for pair in ("ab", "ba"):
+        assert f"{none}: p 0.035, < 0.001" in eval_all.in_words(eval_all.compare(found, *pair, "pgd"))
 
 
 def ends(gained, lost, n):
@@ -186,6 +189,16 @@ def test_the_worst_case_is_over_all_attacks_that_every_seed_faced(results):
     assert eval_all.all_in_the_ball(seeds, ["clean"]) == "clean" and not eval_all.all_in_the_ball(seeds, ["pgd-20"])
 
 
+def test_an_attack_counts_on_the_most_images_it_was_made_on(results):
+    """Wherever that evaluation lies; over seeds the least number of images is told."""
+    for place in ("toy/two-s0/before", "toy/two-s0/later", "toy/two-s1"):
+        write_evaluation(results / place, {"clean": first(5, 10)})
+    seeds = eval_all.read_evaluations([results])["toy/two"]
+    assert [len(seeds[seed].under("clean").right) for seed in (0, 1)] == [100, 10]
+    assert [seeds[seed].rows["clean"]["n"] for seed in (0, 1)] == [100, 10]
+    assert eval_all.over_seeds(seeds, "clean")["n"] == 10
+
+
 def test_a_seed_that_lacks_an_attack_is_left_out(results):
     (results / "toy/one-s1/strong/eval.json").unlink()
     seeds = eval_all.complete(eval_all.read_evaluations([results])["toy/one"], ["clean", "pgd-20", "square"])
@@ -196,6 +209,13 @@ def relabel(folder, what="label"):
     """As if the test set had been in another order."""
     arrays = dict(np.load(folder / "verdicts.npz"))
     np.savez(folder / "verdicts.npz", **arrays | {what: arrays[what][::-1]})
+
+
+def repeat(folder):
+    """The first image twice."""
+    arrays = dict(np.load(folder / "verdicts.npz"))
+    arrays["index"][1] = arrays["index"][0]
+    np.savez(folder / "verdicts.npz", **arrays)
 
 
 def flip(path):
@@ -244,6 +264,7 @@ def says(text):
     (lambda path: rewrite(path / "toy/two-s0", attacks=None), "not the evaluation of one model"),
     (lambda path: rewrite(path / "toy/two-s0", attacks={"clean": {"n": "100"}}), "not the evaluation of one model"),
     (lambda path: relabel(path / "toy/two-s0", "index"), "not the evaluation of one model"),
+    (lambda path: repeat(path / "toy/two-s0"), "not the evaluation of one model"),
     (lambda path: flip(path / "toy/two-s0/verdicts.npz"), "not the evaluation of one model"),
     (says("```compare clean\nOne | toy/one\n```"), "no NAME vs OTHER"),
     (lambda path: (path / "toy/two-s0").rename(path / "toy/two"), "is in no folder NAME-sSEED"),
