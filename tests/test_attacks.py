@@ -114,12 +114,24 @@ def test_an_attack_that_drops_fooled_images_fools_no_fewer(small_model):
     assert 0 < fooled[0] <= fooled[1]
 
 
+def test_a_random_start_is_uniform_in_the_ball():
+    """In L2 the share of the volume within its radius, (r / eps)^d, is uniform; in Linf every pixel is."""
+    torch.manual_seed(0)
+    x = torch.full((4000, 1, 2, 3), 0.5, dtype=DOUBLE)
+    for norm in ("linf", "l2"):
+        delta = (common.random_start(x, 0.2, norm) - x).flatten(1)
+        shares = delta.norm(dim=1).div(0.2) ** 6 if norm == "l2" else (delta / 0.4 + 0.5).flatten()
+        assert (shares.sort().values - torch.linspace(0, 1, len(shares), dtype=DOUBLE)).abs().max() < 0.03
+        assert delta.mean(0).abs().max() < 0.01
+
+
 def test_momentum_is_mims_recursion(linear_model):
     """HE, Eq. 19 and 20, written out."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
     ).double()
+    model[1].weight.data *= 8  # so that the gradient turns on the way
     x, y = torch.rand(4, 1, 4, 4, dtype=DOUBLE), torch.tensor([0, 1, 2, 0])
     x_adv, g = x.clone(), torch.zeros_like(x)
     for _ in range(6):
@@ -127,8 +139,9 @@ def test_momentum_is_mims_recursion(linear_model):
         (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
         g = 1.0 * g + grad / grad.abs().sum((1, 2, 3), keepdim=True)
         x_adv = torch.min(torch.max(x_adv.detach() + 0.03 * g.sign(), x - 0.1), x + 0.1).clamp(0, 1)
-    ours = common.pgd(model, x, y, loss=eval_all.ce, eps=0.1, step_size=0.03, steps=6, start=x, momentum=1.0)
-    torch.testing.assert_close(ours, x_adv)
+    settings = dict(loss=eval_all.ce, eps=0.1, step_size=0.03, steps=6, start=x)
+    torch.testing.assert_close(common.pgd(model, x, y, momentum=1.0, **settings), x_adv)
+    assert not torch.equal(common.pgd(model, x, y, **settings), x_adv)
 
 
 def test_the_scale_of_an_he_model_reaches_the_attacks_that_promise_it(small_model, monkeypatch):

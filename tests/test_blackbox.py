@@ -206,6 +206,22 @@ def test_rays_finds_the_nearest_boundary_of_a_model_of_labels():
     assert torch.allclose(found[0], found[1], atol=1e-4) and torch.allclose(found[1], found[2], atol=1e-4)
 
 
+def test_rays_asks_once_about_a_flip_that_does_not_help():
+    """13 queries for the radius of the first direction, the best: 1 and, to 1e-3 / sqrt(16), 12 halvings."""
+    x, asked = torch.full((1, 1, 4, 4), 0.5, dtype=torch.float64), []
+
+    def model(images):
+        asked.append((images - x).flatten())
+        rise = (images - x).sum((1, 2, 3)) - 16 * 0.1
+        return torch.stack([torch.zeros_like(rise), rise], 1)
+
+    rays(model, x, torch.tensor([0]), eps=0.0, queries=40)
+    radii, signs = torch.stack([delta.abs().max() for delta in asked]), torch.stack(asked).sign()
+    assert (signs[:13] == 1).all() and (signs[13:] != signs[12:-1]).any(1).all()
+    assert radii[:2].tolist() == [0.5, 0.5]  # radii 1 and 1/2, cut to the box
+    assert (radii[13:] == radii[13]).all() and 0.1 <= radii[13] <= 0.1 + 2.5e-4
+
+
 @pytest.mark.parametrize(
     "name, expected", [("spsa-2", {False}), ("nes-2", {False}), ("zoo", {False}), ("pgd-2", {True, False})]
 )

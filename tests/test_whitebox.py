@@ -1,5 +1,6 @@
 """Auto-PGD, FAB, DeepFool, C&W, MTA and the feature attack where the answer is known."""
 
+import itertools
 import math
 from functools import partial
 
@@ -63,6 +64,43 @@ def test_the_nearest_image_of_a_two_layer_model_is_found(name):
     least = torch.stack([d.norm(p=math.inf if norm == "linf" else 2, dim=1).min() for d in delta])
     found = common.lengths(attack(model, x, y, eps=0.0) - x, norm).flatten()
     assert ((found - least).abs() < 0.02 * least + 1.5e-3).all(), (found, least)
+
+
+def fab_by_hand(x, steps, norm):
+    """The points of Croce & Hein 2020b, Alg. 1, where the boundary is u * v = 1 / 4, for one image x = (u, v)."""
+
+    visited, now = [], x
+    for _ in range(steps):
+        u, v = now.tolist()
+        w, gap = torch.tensor([[v, u]], dtype=DOUBLE), 0.25 - u * v  # u * v is linearized at the current point
+        gap_x = gap + float(w[0] @ (now - x))
+        deltas = [
+            eval_all.step_to_plane(point[None], math.copysign(1, rise) * w, torch.tensor([abs(rise)]), norm)[0]
+            for point, rise in ((now, gap), (x, gap_x))
+        ]
+        near, far = (float(torch.linalg.vector_norm(delta, math.inf if norm == "linf" else 2)) for delta in deltas)
+        alpha = min(near / (near + far), 0.1)
+        now = ((1 - alpha) * (now + 1.05 * deltas[0]) + alpha * (x + 1.05 * deltas[1])).clamp(0, 1)
+        visited.append(now)
+        if now[0] * now[1] > 0.25:
+            now = 0.1 * x + 0.9 * now
+    return torch.stack(visited)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_fab_visits_the_points_of_its_algorithm(norm):
+    visited = []
+
+    def model(x):
+        if not x.requires_grad:  # where it stepped to
+            visited.append(x.flatten(1).clone())
+        return torch.stack([torch.full_like(x[:, 0, 0, 0], 0.25), x.flatten(1).prod(1)], 1)
+
+    x = torch.tensor([[0.2, 0.3], [0.05, 0.9], [0.6, 0.1]], dtype=DOUBLE)
+    y, target = torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long)
+    eval_all.fab(model, x.view(3, 1, 1, 2), y, target, eps=0.0, norm=norm, steps=6)
+    for i in range(3):
+        torch.testing.assert_close(torch.stack(visited)[:, i], fab_by_hand(x[i], 6, norm), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -139,6 +177,51 @@ def test_auto_pgd_counts_the_steps_that_raised_the_loss(small_model, monkeypatch
         eval_all.apgd(small_model, x, small_model(x).argmax(1), eps=1e-4, loss=loss)
     values = torch.stack(losses[:23]).detach()
     assert counted[0][1] == 22 and torch.equal(counted[0][0], (values[1:] > values[:-1]).sum(0).float())
+
+
+def auto_pgd_by_hand(x, start, eps):
+    """Algorithm 1 of Croce & Hein 2020 on sin(40 x) for one pixel and 100 steps: all points that it visits."""
+
+    def clip(point):
+        return min(max(point, x - eps, 0.0), x + eps, 1.0)
+
+    def uphill(point):
+        return point + step * math.copysign(1.0, math.cos(40 * point))
+
+    checks = [0, 22, 41, 57, 70, 80, 87, 93, 99]  # p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06)
+    visited, best, step, halved, best_at_check = [start], start, 2 * eps, True, -math.inf
+    now = before = start
+    for k in range(1, 101):
+        weight = 0.75 if k > 1 else 1.0
+        aim = clip(uphill(now))
+        before, now = now, clip(now + weight * (aim - now) + (1 - weight) * (now - before))
+        visited.append(now)
+        best = max(best, now, key=lambda point: math.sin(40 * point))
+        if k in checks:
+            last = checks[checks.index(k) - 1]
+            values = [math.sin(40 * point) for point in visited[last:]]
+            rises = sum(later > earlier for earlier, later in itertools.pairwise(values))
+            stuck = not halved and math.sin(40 * best) == best_at_check
+            halved, best_at_check = rises <= 0.75 * (k - last) or stuck, math.sin(40 * best)
+            if halved:
+                step, now = step / 2, best
+    return visited
+
+
+def test_auto_pgd_visits_the_points_of_its_algorithm():
+    visited = []
+
+    def model(x):
+        visited.append(x.detach().flatten().clone())
+        return torch.cat([torch.full_like(x.flatten(1), 9.0), (40 * x.flatten(1)).sin()], 1)  # never fooled
+
+    torch.manual_seed(0)
+    x, y = torch.rand(20, 1, 1, 1, dtype=DOUBLE), torch.zeros(20, dtype=torch.long)
+    x_adv = eval_all.apgd(model, x, y, eps=0.3, loss=lambda logits, y: logits[:, 1])
+    for i, points in enumerate(torch.stack(visited).T):
+        by_hand = auto_pgd_by_hand(x[i].item(), points[0].item(), 0.3)
+        assert points.tolist() == pytest.approx(by_hand, abs=1e-9)
+        assert x_adv[i].item() == pytest.approx(max(by_hand, key=lambda point: math.sin(40 * point)), abs=1e-9)
 
 
 def test_auto_pgd_does_no_worse_than_pgd_on_a_network(small_model):
