@@ -14,7 +14,6 @@ import torch
 
 import common
 import models
-import train_angular_at
 import train_pgd_he
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -316,31 +315,6 @@ def test_trades_starts_beside_the_image_and_compares_with_natural_logits_in_eval
     assert cli("train_trades_he", *flags, "--out", tmp_path / "run")[0] == 0
     assert seen[0] == pytest.approx(0.001, rel=0.1)
     assert modes[:5] == [False, False, False, True, True]  # natural logits, two steps, then x and x_adv
-
-
-def test_angular_at_minimizes_eq_8(cli, tmp_path, monkeypatch):
-    """The loss of the first step for several alpha and beta is affine in them, with l_wfc and l_sep as the slopes."""
-    losses, terms = {}, {}
-
-    def first_loss(alpha, beta):
-        monkeypatch.setattr(
-            common.Run, "step", lambda self, loss, logits, y: losses.setdefault((alpha, beta), loss.item())
-        )
-        monkeypatch.setattr(common.Run, "finish_epoch", lambda self: None)
-        for name in ("wfc", "separation"):
-            original = getattr(train_angular_at, name)
-            monkeypatch.setattr(train_angular_at, name, record(name, original))
-        flags = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--epochs", "1", "--no-amp"]
-        flags += ["--alpha", alpha, "--beta", beta, "--out", tmp_path / f"{alpha}-{beta}"]
-        assert cli("train_angular_at", *flags)[0] == 0
-
-    def record(name, original):
-        return lambda *arguments: terms.setdefault(name, original(*arguments).detach())
-
-    for alpha, beta in ((0, 0), (2, 0), (0, 3)):
-        first_loss(alpha, beta)
-    assert losses[2, 0] - losses[0, 0] == pytest.approx(2 * terms["wfc"].item(), rel=1e-4)
-    assert losses[0, 3] - losses[0, 0] == pytest.approx(3 * terms["separation"].item(), rel=1e-4)
 
 
 def test_free_replays_each_batch_and_takes_both_gradients_from_one_backward_pass(cli, tmp_path, monkeypatch):
