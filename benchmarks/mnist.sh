@@ -27,6 +27,8 @@ abcl                  abcl           train_abcl.py
 abcl-cosface          abcl           train_abcl.py --k1 0 --k2 0
 abcl-sce              abcl           train_abcl.py --base sce --k1 0 --k2 0
 abcl-ht-sce           abcl           train_abcl.py --base ht-sce --k1 0 --k2 0
+abcl-on-sce           abcl           train_abcl.py --base sce
+abcl-on-ht-sce        abcl           train_abcl.py --base ht-sce
 cnn                   nat            train_dsphere.py --correlation inner $short
 dsphere               nat            train_dsphere.py $short
 dsphere-wm            nat            train_dsphere.py --loss wm $short
