@@ -2290,7 +2290,7 @@ def plot_results(results: list[dict], path: Path) -> None:
 #     {NAME vs OTHER on ATTACK}        both, and whether McNemar's test tells them apart, image by image
 #     {NAME - OTHER on ATTACK}         their difference in points: bold if it is one, in italics if of one seed
 #     {NAME on audit}, {NAME on angles}
-#     {runs of PREFIX}                 how each model whose NAME begins so was trained and evaluated
+#     {runs of PREFIX by COMMAND}      how each model whose NAME begins so was trained and evaluated; COMMAND makes it anew
 #     ```table ATTACK, ATTACK, ...     then a line a row: label | NAME | the paper's figures, in the columns' order
 #     ```compare ATTACK, ATTACK, ...   then a line a row: label | NAME vs OTHER | the paper's differences; NAME-sSEED vs
 #                                      OTHER-sSEED for two networks
@@ -2303,6 +2303,7 @@ def plot_results(results: list[dict], path: Path) -> None:
 # and the interval from the lowest end of theirs to the highest.
 
 WORST, AUDIT, NOT_SHOWN = "worst case", "audit", "no difference shown"
+TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar10_jpeg": "CIFAR-10 (JPEG copy)"}
 
 
 class Verdicts(NamedTuple):
@@ -2416,13 +2417,13 @@ def over_seeds(seeds: Seeds, attack: str) -> dict | None:
         return None
     rows = [accuracy_of(torch.from_numpy(own.right)) for own in verdicts]
     first = next(iter(seeds.values()))
-    ball = first.rows.get(attack, first.facts)  # cw-l2 and fgsm-l2 have their own
+    dataset, ball = first.facts["dataset"], first.rows.get(attack, first.facts)  # cw-l2 and fgsm-l2 have their own
     return {
         "accuracy": statistics.fmean(row["accuracy"] for row in rows),
         "low": min(row["low"] for row in rows),
         "high": max(row["high"] for row in rows),
         "n": min(row["n"] for row in rows),
-        "setting": f"{first.facts['dataset']}, {NORMS[ball['norm']]} eps {ball['eps']:.3g}",
+        "setting": f"{TITLES.get(dataset, dataset)}, {NORMS[ball['norm']]} eps {ball['eps']:.3g}",
     }
 
 
@@ -2541,7 +2542,9 @@ def draw_dots(path: Path, about: str, rows: list[list[str]], found: Evaluations)
         n = " / ".join(f"{n:,}" for n in sorted({row["n"] for row in own}))
         style = {"fmt": marker, "markersize": 4, "linewidth": 1, "capsize": 2}
         axis.errorbar(accuracy, place, xerr=error, label=f"{column}, n = {n}", **style)
-    axis.set(yticks=range(len(lines)), yticklabels=labels, xlim=(-1, 101), ylim=(len(lines) - 0.5, -0.5))
+    least = min(row["low"] for line in lines for row in line)
+    axis.set(yticks=range(len(lines)), yticklabels=labels, ylim=(len(lines) - 0.5, -0.5))
+    axis.set_xlim(10 * (least // 10) - 1, 101)  # gaps of a point or two are to be seen
     axis.set_xlabel(f"accuracy (%); {lines[0][0]['setting']}")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
@@ -2691,10 +2694,10 @@ def draw_comparisons(about: str, rows: list[list[str]], found: Evaluations) -> s
     return as_table(["", "seeds", *columns], lines)
 
 
-def runs_table(found: Evaluations, prefix: str) -> str:
+def runs_table(found: Evaluations, prefix: str, command: str) -> str:
     """How each model whose NAME begins so was trained, the minutes that it and its attacks took (the mean over seeds),
-    and where."""
-    heads = ["run", "seeds", "network", "epochs, images", "attacked: epoch", "training", "attacks", "hardware"]
+    where, and what makes it anew."""
+    heads = ["made anew by", "seeds", "network", "epochs, images", "attacked: epoch", "training", "attacks", "hardware"]
     lines = []
     for name, seeds in found.items():
         if not name.startswith(prefix):
@@ -2705,7 +2708,7 @@ def runs_table(found: Evaluations, prefix: str) -> str:
         size = f"{args.get('epochs', '?')}, {args.get('limit') or 'all'}"
         places = dict.fromkeys(str(fact.get(key)) for fact in facts for key in ("training_hardware", "hardware"))
         best = ", ".join(str(fact.get("epoch", "?")) for fact in facts)
-        made = [f"`{name}`", ", ".join(map(str, seeds)), args.get("arch", "?"), size, best]
+        made = [f"`{command} {Path(name).name}`", ", ".join(map(str, seeds)), args.get("arch", "?"), size, best]
         lines.append([*made, *minutes, "; ".join(places)])
     return as_table(heads, lines)
 
@@ -2739,9 +2742,12 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
         except ValueError as error:
             raise common.UserError(f"report.md: {match[0]}: {error}") from None
 
+    def runs(match: re.Match) -> str:
+        return runs_table(found, match[1], " ".join(match[2].split()))
+
     text = re.sub(r"^```(table|compare|dots|lines|grid) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"\{(\S+)(?:\s+(vs|-)\s+(\S+))?\s+on\s+([^}]+)\}", figure, text)
-    return re.sub(r"\{runs of (\S+)\}", lambda match: runs_table(found, match[1]), text)
+    return re.sub(r"\{runs of (\S+)\s+by\s+([^}]+)\}", runs, text)
 
 
 def write_report(folders: list[Path], out: Path) -> None:

@@ -95,10 +95,10 @@ evaluations() { # row, kind
         evaluate "$1" "$1/table4-slow" --n 100 --attacks mta-200@0.01,cw-l2
         ;;
     at+float32)
-        evaluate "$1" "${1%-s*}-float32-s${1##*-s}/fast" --attacks $fast # what bfloat16 would have missed
+        results=$results-float32 evaluate "$1" "$1/float32" --attacks $fast # what bfloat16 would have missed
         evaluate "$1" "$1/curves" --n 500 --attacks clean --analyze curves
         ;;
-    sphere+float32) evaluate "$1" "${1%-s*}-float32-s${1##*-s}/pgd" --n 500 --attacks pgd-100@0.01 ;;
+    sphere+float32) results=$results-float32 evaluate "$1" "$1/float32" --n 500 --attacks pgd-100@0.01 ;;
     abcl) evaluate "$1" "$1/appendix" --attacks bim-20,fgsm-l2 ;;
     esac
 }

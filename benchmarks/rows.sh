@@ -53,7 +53,7 @@ redo() { # names of rows: away with what there is of them, and again
     done
     for row in "$@"; do
         for seed in ${made[$row]}; do
-            rm -rf {"$results","$runs/evaluations"}/"$row"{,-float32}-s"$seed" "$runs/$row-s$seed"
+            rm -rf {"$results","$results-float32","$runs/evaluations","$runs"}/"$row-s$seed"
         done
         set +e # not `||`, under which no failure within would count
         (set -e; seeds=${made[$row]}; do_rows "$row")

@@ -43,7 +43,8 @@ Both | toy/step* | 1,2
 s = 1 | toy/step* | 1,2
 s = 2 | toy/step* | 2,1
 ```
-{runs of toy/}
+{runs of toy/ by toys.sh
+--redo}
 """
 
 
@@ -123,7 +124,7 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     assert "60.00 against 40.00 (more: p < 0.001; n = 100, seed 0), " in text
     assert "95.00 against 95.00 (no difference shown: p 1, 1; n = 100, seeds 0, 1)" in text
     assert "audit fails 0 and 1 of 3; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
-    assert "| `toy/one` | 0, 1 | net | 3, all | 2, 2 | 10.0 | 4.0 | slide rule; abacus |" in text
+    assert "| `toys.sh --redo one` | 0, 1 | net | 3, all | 2, 2 | 10.0 | 4.0 | slide rule; abacus |" in text
     none, some = reach(0, ends(0, 0, 100)), reach(20, ends(20, 0, 100))
     assert f"| One over two | 0 | +0.00 ± {none} | *+20.00 ± {some}* <sub>25</sub> |  |" in text
     clean, pgd = reach(86, ends(86, 0, 100)), reach(56, ends(51, 0, 100), ends(61, 0, 100))
@@ -291,14 +292,14 @@ def test_every_row_of_the_results_can_be_made_anew():
     benchmarks = Path(__file__).parent.parent / "benchmarks"
     named = set(
         re.findall(
-            r"(?<!results/)(?<!runs}/)\b(mnist|cifar10_jpeg)/([\w.-]+)",
+            r"(?<!results/)(?<!runs}/)\b(mnist|cifar10_jpeg)(?:-float32|-transfer)?/([\w.-]+)",
             (benchmarks / "results" / "report.md").read_text(),
         )
     )
     assert len(named) > 20
     for dataset, name in named:
         script = (benchmarks / f"{dataset.removesuffix('_jpeg')}.sh").read_text()
-        row = re.sub(r"(-float32)?(-s\d+)?$", "", name)
+        row = re.sub(r"-s\d+$", "", name)
         assert re.search(rf'^(rows=")?{re.escape(row)} ', script, re.MULTILINE), name
 
 
@@ -321,7 +322,7 @@ def test_the_committed_results_are_of_the_flags_in_the_scripts(dataset):
     assert len(paths) > 5
     for path in paths:
         row, _, seed = path.parent.parent.name.rpartition("-s")
-        script, *flags = rows[row.removesuffix("-float32")]
+        script, *flags = rows[row]
         method = importlib.import_module(script.removesuffix(".py"))
         wanted = vars(method.parse_args([*flags, "--dataset", dataset, "--seed", seed]))
         made = json.loads(path.read_text())["args"]
