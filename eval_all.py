@@ -51,7 +51,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial, reduce
@@ -1693,6 +1693,20 @@ def pyplot() -> ModuleType:
     return plt
 
 
+def plot_band(
+    axis: object,
+    at: Sequence[float],
+    accuracy: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    style: str,
+    label: str,
+) -> None:
+    """Accuracies in % against what is varied, their intervals shaded."""
+    (line,) = axis.plot(at, accuracy, style, markersize=4, label=label)
+    axis.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
 CURVES: dict[str, Attack] = {"PGD on CE": pgd_scaled, "PGD on the margin": cw_inf}
 CURVE_EPS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)  # times eps
 CURVE_STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -1742,8 +1756,7 @@ def plot_robustness_curves(result: dict, path: Path) -> None:
     for panel, (axis, curve) in zip(panels, result["axes"].items(), strict=True):
         for (name, right), style in zip(curve["right"].items(), ("o-", "s--"), strict=True):
             low, high = np.array([wilson(count, n) for count in right]).T
-            (line,) = panel.plot(curve["at"], 100 * np.array(right) / n, style, markersize=4, label=name)
-            panel.fill_between(curve["at"], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+            plot_band(panel, curve["at"], 100 * np.array(right) / n, low, high, style, name)
         panel.set(xlabel=labels[axis], ylim=(0, 101))
         panel.grid(alpha=0.3)
     panels[0].axvline(eps, color="black", linewidth=0.8, linestyle=":")
@@ -2290,13 +2303,14 @@ def plot_results(results: list[dict], path: Path) -> None:
 #     {NAME vs OTHER on ATTACK}        both, and whether McNemar's test tells them apart, image by image
 #     {NAME - OTHER on ATTACK}         their difference in points: bold if it is one, in italics if of one seed
 #     {NAME on audit}, {NAME on angles}
-#     {runs of PREFIX by COMMAND}      how each model whose NAME begins so was trained and evaluated; COMMAND makes it anew
+#     {runs of PREFIX by COMMAND}      how each model whose NAME begins so was made; COMMAND makes it anew
 #     ```table ATTACK, ATTACK, ...     then a line a row: label | NAME | the paper's figures, in the columns' order
 #     ```compare ATTACK, ATTACK, ...   then a line a row: label | NAME vs OTHER | the paper's differences; NAME-sSEED vs
 #                                      OTHER-sSEED for two networks
 #     ```dots FILE.png ATTACK, ...     rows of a table as a figure, a line a row
 #     ```lines FILE.png ATTACK; AXIS   then a line a row: label | NAME, with * for the value | the values, along AXIS
 #     ```grid FILE.png ATTACK; AXIS    the same rows as a grid of cells
+#     ```curves FILE.png eps           rows label | NAME: by eps, steps or restarts what --analyze curves found
 #
 # A column of a table may also be `audit`, or `worst case`: on the images that its columns share, over all attacks in
 # the ball of the evaluation that every seed faced there, with a column or without. Of several seeds the mean is given,
@@ -2573,10 +2587,30 @@ def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for (label, pattern, values), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
         figures, at = series(pattern, values, attack, found), [float(value) for value in values.split(",")]
-        accuracy, low, high = ([row[key] for row in figures] for key in ("accuracy", "low", "high"))
-        (line,) = axis.plot(at, accuracy, marker=marker, markersize=4, label=label)
-        axis.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        plot_band(
+            axis, at, *([row[key] for row in figures] for key in ("accuracy", "low", "high")), f"{marker}-", label
+        )
     axis.set(xlabel=axis_name, ylabel=axis_label(attack, figures[0]), xticks=at)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def draw_curves(path: Path, varied: str, rows: list[list[str]], found: Evaluations) -> None:
+    """What --analyze curves found of each row's first seed when eps (or steps, or restarts) is varied, under the
+    stronger of its attacks."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for (label, name, *_), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
+        analyses = [model.facts["analyses"] for model in found.get(name, {}).values()]
+        curves = next((made["curves"] for made in analyses if "curves" in made), {"axes": {}})
+        if varied not in curves["axes"]:
+            raise ValueError(f"there is no curve of {name} by {varied}")
+        at, right = curves["axes"][varied]["at"], np.min(list(curves["axes"][varied]["right"].values()), axis=0)
+        low, high = np.array([wilson(count, curves["n"]) for count in right]).T
+        plot_band(axis, at, 100 * right / curves["n"], low, high, f"{marker}-", label)
+    axis.set(xlabel=f"{NORMS[curves['norm']]} {varied}", ylabel=f"accuracy (%), n = {curves['n']}", ylim=(0, 101))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=200)
@@ -2726,7 +2760,8 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
             if kind in ("table", "compare"):
                 return {"table": draw_table, "compare": draw_comparisons}[kind](first, rows, found)
             (out.parent / name).parent.mkdir(parents=True, exist_ok=True)
-            {"dots": draw_dots, "lines": draw_lines, "grid": draw_grid}[kind](out.parent / name, about, rows, found)
+            draw = {"dots": draw_dots, "lines": draw_lines, "grid": draw_grid, "curves": draw_curves}[kind]
+            draw(out.parent / name, about, rows, found)
         except (ValueError, IndexError, OSError) as error:
             raise common.UserError(f"report.md: {kind} {first}: {error}") from None
         return f"![{about}]({name})"
@@ -2745,7 +2780,7 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
     def runs(match: re.Match) -> str:
         return runs_table(found, match[1], " ".join(match[2].split()))
 
-    text = re.sub(r"^```(table|compare|dots|lines|grid) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```(table|compare|dots|lines|grid|curves) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"\{(\S+)(?:\s+(vs|-)\s+(\S+))?\s+on\s+([^}]+)\}", figure, text)
     return re.sub(r"\{runs of (\S+)\s+by\s+([^}]+)\}", runs, text)
 

@@ -94,12 +94,13 @@ evaluations() { # row, kind
         evaluate "$1" "$1/table4" --n 1000 --attacks pgd-40@0.01,pgd-200@0.01,deepfool
         evaluate "$1" "$1/table4-slow" --n 100 --attacks mta-200@0.01,cw-l2
         ;;
-    at+float32)
-        results=$results-float32 evaluate "$1" "$1/float32" --attacks $fast # what bfloat16 would have missed
-        evaluate "$1" "$1/curves" --n 500 --attacks clean --analyze curves
-        ;;
+    at+float32) results=$results-float32 evaluate "$1" "$1/float32" --attacks $fast ;; # what bfloat16 would have missed
     sphere+float32) results=$results-float32 evaluate "$1" "$1/float32" --n 500 --attacks pgd-100@0.01 ;;
     abcl) evaluate "$1" "$1/appendix" --attacks bim-20,fgsm-l2 ;;
+    esac
+    case $1 in # one network a method
+    pgd-s0 | pgd-he-s0 | angular-s0 | weightpen-s0 | mmc-s0)
+        evaluate "$1" "$1/curves" --n 500 --attacks clean --analyze curves ;;
     esac
 }
 

@@ -43,6 +43,9 @@ Both | toy/step* | 1,2
 s = 1 | toy/step* | 1,2
 s = 2 | toy/step* | 2,1
 ```
+```curves figures/curves.png eps
+One | toy/one
+```
 {runs of toy/ by toys.sh
 --redo}
 """
@@ -93,6 +96,12 @@ def results(tmp_path):
         few = np.array([10, 40, 65, 99])
         audit = [{"check": c, "figures": "", "passed": seed == 0 or c != "c"} for c in "abc"]
         found = {"angles": {"smallest": 90.0 + seed, "largest": 100.0, "within": 5.0}}
+        if seed:
+            found["curves"] = {
+                "n": 100,
+                "norm": "linf",
+                "axes": {"eps": {"at": [0, 1], "right": {"a": [95, 9], "b": [95, 6]}}},
+            }
         rights = {"clean": few < 95, "square": np.array([True, False, True, False])}
         folder = tmp_path / "results" / f"toy/one-s{seed}" / "strong"
         write_evaluation(folder, rights, few, audit=audit, analyses=found)
@@ -133,10 +142,24 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     assert f"| One seed over the other | 1 over 0 | {one} |" in text
     assert f"They are *+20.00 ± {some}* apart." in text
     assert "worst case<br>n = 4 / 100 |" in text and "*No row of this table has been evaluated yet.*" in text
-    for about, name in (("clean, pgd-20", "dots"), ("pgd-20; steps", "lines"), ("clean; margin", "grid")):
+    for about, name in (
+        ("clean, pgd-20", "dots"),
+        ("pgd-20; steps", "lines"),
+        ("clean; margin", "grid"),
+        ("eps", "curves"),
+    ):
         assert f"![{about}](figures/{name}.png)" in text and (tmp_path / f"figures/{name}.png").stat().st_size > 5000
     cli("eval_all", "--report", results, "--out", tmp_path / "again.md")
     assert (tmp_path / "again.md").read_text() == text
+
+
+def test_the_curve_of_a_network_is_that_of_the_stronger_attack(results, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(eval_all, "plot_band", lambda axis, *told: drawn.append(told) or axis.plot([0], label="one"))
+    eval_all.draw_curves(tmp_path / "a.png", "eps", [["One", "toy/one"]], eval_all.read_evaluations([results]))
+    ((at, accuracy, low, high, _, label),) = drawn
+    assert (at, list(accuracy), label) == ([0, 1], [95, 6], "One")
+    assert list(zip(low, high, strict=True)) == [eval_all.wilson(95, 100), eval_all.wilson(6, 100)]
 
 
 def test_a_difference_is_one_that_mcnemars_test_finds_and_that_seeds_do_not_turn():
@@ -255,6 +278,8 @@ def says(text):
     (says("```lines a.png clean; x\n```"), "no LABEL | NAME | FIGURES"),
     (says("```dots a.png clean\na | toy/no\n```"), "dots a.png clean: "),
     (says("```lines a.png clean; x\na | toy/one\n```"), "lines a.png clean; x: "),
+    (says("```curves a.png eps\na | toy/two\n```"), "no curve of toy/two by eps"),
+    (says("```curves a.png time\na | toy/one\n```"), "no curve of toy/one by time"),
     (lambda path: write_evaluation(path / "toy/two-s0/l2", {"clean": first(9, 10)}, norm="l2"), "its norm is not that"),
     (lambda path: write_evaluation(path / "toy/two-s0/x", {"clean": first(9, 10)}, weights="ab"), "its weights is not"),
     (lambda path: (path / "toy/two-s0/eval.json").write_text("{"), "not the evaluation of one model"),
