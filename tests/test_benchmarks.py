@@ -96,3 +96,11 @@ def test_transfers_are_made_once_and_again_when_one_of_their_networks_was(benchm
     assert {file.read_text() for file in files} == {"old"}
     assert benchmarks("--redo", "dsphere", "pgd-mhe", script="mnist").returncode == 0
     assert {file.read_text() for file in files} == {"new\n"}
+
+
+def test_redo_makes_what_was_attacked_in_float32_anew_too(benchmarks):
+    assert benchmarks("pgd-he", script="mnist", SEEDS="0").returncode == 0
+    (folder,) = (benchmarks.folder / "benchmarks/results/mnist-float32").iterdir()
+    (folder / "float32/eval.json").write_text("old")
+    assert folder.name == "pgd-he-s0" and benchmarks("--redo", "pgd-he", script="mnist").returncode == 0
+    assert (folder / "float32/eval.json").read_text() == "new\n"
