@@ -51,7 +51,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial, reduce
@@ -1693,16 +1693,9 @@ def pyplot() -> ModuleType:
     return plt
 
 
-def plot_band(
-    axis: object,
-    at: Sequence[float],
-    accuracy: Sequence[float],
-    low: Sequence[float],
-    high: Sequence[float],
-    style: str,
-    label: str,
-) -> None:
-    """Accuracies in % against what is varied, their intervals shaded."""
+def plot_band(axis: object, at: list[float], rows: list[dict], style: str, label: str) -> None:
+    """Accuracies (of each row `accuracy`, `low` and `high`, in %) against what is varied, the interval shaded."""
+    accuracy, low, high = ([row[key] for row in rows] for key in ("accuracy", "low", "high"))
     (line,) = axis.plot(at, accuracy, style, markersize=4, label=label)
     axis.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
@@ -1755,8 +1748,7 @@ def plot_robustness_curves(result: dict, path: Path) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(9, 2.9), sharey=True, layout="constrained")
     for panel, (axis, curve) in zip(panels, result["axes"].items(), strict=True):
         for (name, right), style in zip(curve["right"].items(), ("o-", "s--"), strict=True):
-            low, high = np.array([wilson(count, n) for count in right]).T
-            plot_band(panel, curve["at"], 100 * np.array(right) / n, low, high, style, name)
+            plot_band(panel, curve["at"], [accuracy_from(count, n) for count in right], style, name)
         panel.set(xlabel=labels[axis], ylim=(0, 101))
         panel.grid(alpha=0.3)
     panels[0].axvline(eps, color="black", linewidth=0.8, linestyle=":")
@@ -2113,11 +2105,15 @@ def check_fit(name: str, model: nn.Module, data: common.Data, device: str) -> No
 # ---------------------------------------------------------------------------------------------------------- reports
 
 
+def accuracy_from(right: int, n: int) -> dict:
+    """right, n, accuracy and its 95 % interval, in %."""
+    low, high = wilson(right, n)
+    return {"right": right, "n": n, "accuracy": 100 * right / n, "low": low, "high": high}
+
+
 def accuracy_of(right: Tensor) -> dict:
-    """right, n, accuracy and its 95 % interval, in %, for verdicts (N,)."""
-    count, n = int(right.sum()), len(right)
-    low, high = wilson(count, n)
-    return {"right": count, "n": n, "accuracy": 100 * count / n, "low": low, "high": high}
+    """The same for verdicts (N,)."""
+    return accuracy_from(int(right.sum()), len(right))
 
 
 def row(outcome: dict) -> dict:
@@ -2587,9 +2583,7 @@ def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for (label, pattern, values), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
         figures, at = series(pattern, values, attack, found), [float(value) for value in values.split(",")]
-        plot_band(
-            axis, at, *([row[key] for row in figures] for key in ("accuracy", "low", "high")), f"{marker}-", label
-        )
+        plot_band(axis, at, figures, f"{marker}-", label)
     axis.set(xlabel=axis_name, ylabel=axis_label(attack, figures[0]), xticks=at)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -2601,15 +2595,16 @@ def draw_curves(path: Path, varied: str, rows: list[list[str]], found: Evaluatio
     """What --analyze curves found of each row's first seed when eps (or steps, or restarts) is varied, under the
     stronger of its attacks."""
     plt = pyplot()
+    check_same_ball(model for _, name, *_ in rows for model in found.get(name, {}).values())
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     for (label, name, *_), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
         analyses = [model.facts["analyses"] for model in found.get(name, {}).values()]
         curves = next((made["curves"] for made in analyses if "curves" in made), {"axes": {}})
         if varied not in curves["axes"]:
             raise ValueError(f"there is no curve of {name} by {varied}")
-        at, right = curves["axes"][varied]["at"], np.min(list(curves["axes"][varied]["right"].values()), axis=0)
-        low, high = np.array([wilson(count, curves["n"]) for count in right]).T
-        plot_band(axis, at, 100 * right / curves["n"], low, high, f"{marker}-", label)
+        curve = curves["axes"][varied]
+        accuracies = [accuracy_from(right, curves["n"]) for right in np.min(list(curve["right"].values()), axis=0)]
+        plot_band(axis, curve["at"], accuracies, f"{marker}-", label)
     axis.set(xlabel=f"{NORMS[curves['norm']]} {varied}", ylabel=f"accuracy (%), n = {curves['n']}", ylim=(0, 101))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

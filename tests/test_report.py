@@ -157,9 +157,7 @@ def test_the_curve_of_a_network_is_that_of_the_stronger_attack(results, tmp_path
     drawn = []
     monkeypatch.setattr(eval_all, "plot_band", lambda axis, *told: drawn.append(told) or axis.plot([0], label="one"))
     eval_all.draw_curves(tmp_path / "a.png", "eps", [["One", "toy/one"]], eval_all.read_evaluations([results]))
-    ((at, accuracy, low, high, _, label),) = drawn
-    assert (at, list(accuracy), label) == ([0, 1], [95, 6], "One")
-    assert list(zip(low, high, strict=True)) == [eval_all.wilson(95, 100), eval_all.wilson(6, 100)]
+    assert drawn == [([0, 1], [eval_all.accuracy_from(95, 100), eval_all.accuracy_from(6, 100)], "o-", "One")]
 
 
 def test_a_difference_is_one_that_mcnemars_test_finds_and_that_seeds_do_not_turn():
@@ -280,6 +278,7 @@ def says(text):
     (says("```lines a.png clean; x\na | toy/one\n```"), "lines a.png clean; x: "),
     (says("```curves a.png eps\na | toy/two\n```"), "no curve of toy/two by eps"),
     (says("```curves a.png time\na | toy/one\n```"), "no curve of toy/one by time"),
+    (says("```curves a.png eps\na | toy/one\nb | other/net\n```"), "put side by side"),
     (lambda path: write_evaluation(path / "toy/two-s0/l2", {"clean": first(9, 10)}, norm="l2"), "its norm is not that"),
     (lambda path: write_evaluation(path / "toy/two-s0/x", {"clean": first(9, 10)}, weights="ab"), "its weights is not"),
     (lambda path: (path / "toy/two-s0/eval.json").write_text("{"), "not the evaluation of one model"),
