@@ -2592,20 +2592,24 @@ def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations
 
 
 def draw_curves(path: Path, varied: str, rows: list[list[str]], found: Evaluations) -> None:
-    """What --analyze curves found of each row's first seed when eps (or steps, or restarts) is varied, under the
-    stronger of its attacks."""
+    """Accuracy when eps (or steps, or restarts) is varied, under the stronger of the attacks of --analyze curves: a
+    line a row, of its first seed that has them."""
     plt = pyplot()
-    check_same_ball(model for _, name, *_ in rows for model in found.get(name, {}).values())
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    settings = set()
     for (label, name, *_), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
-        analyses = [model.facts["analyses"] for model in found.get(name, {}).values()]
-        curves = next((made["curves"] for made in analyses if "curves" in made), {"axes": {}})
+        models = [model.facts for model in found.get(name, {}).values() if "curves" in model.facts["analyses"]]
+        curves = models[0]["analyses"]["curves"] if models else {"axes": {}}
         if varied not in curves["axes"]:
             raise ValueError(f"there is no curve of {name} by {varied}")
-        curve = curves["axes"][varied]
-        accuracies = [accuracy_from(right, curves["n"]) for right in np.min(list(curve["right"].values()), axis=0)]
+        curve, n, dataset = curves["axes"][varied], curves["n"], models[0]["dataset"]
+        ball = NORMS[curves["norm"]] + f" eps {curves['eps']:.3g}" * (varied != "eps")
+        settings.add(f"{TITLES.get(dataset, dataset)}, {ball}, n = {n:,}")
+        accuracies = [accuracy_from(right, n) for right in np.min(list(curve["right"].values()), axis=0)]
         plot_band(axis, curve["at"], accuracies, f"{marker}-", label)
-    axis.set(xlabel=f"{NORMS[curves['norm']]} {varied}", ylabel=f"accuracy (%), n = {curves['n']}", ylim=(0, 101))
+    if len(settings) > 1:
+        raise ValueError(f"curves of {' and of '.join(sorted(settings))} are put side by side")
+    axis.set(xlabel=varied, ylabel=f"accuracy (%)\n{settings.pop()}", ylim=(0, 101))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=200)

@@ -1,7 +1,8 @@
 # What mnist.sh, cifar10.sh and digits.sh share. They set `dataset`, `rows` (a line each: NAME KIND SCRIPT FLAGS) and a
 # function `evaluations ROW KIND`. Each row is trained, evaluated, and its eval.json and verdicts.npz kept in
-# benchmarks/results/DATASET/NAME-sSEED. What is done is skipped, what was interrupted goes on. With --redo the rows
-# named are made anew, of each seed that has results, or of seed 0: their networks and results are deleted first.
+# benchmarks/results/DATASET/NAME-sSEED, or in DATASET-float32 where an attack was repeated in float32. What is done is
+# skipped, what was interrupted goes on. With --redo the rows named are made anew, of each seed that has results, or of
+# seed 0: their networks and results are deleted first.
 #
 # Every process takes the next row that no other one is at: on a CPU start one a core. From the environment:
 #     SEEDS="0 1", of --redo too  RUNS=runs/DATASET, for checkpoints  DATA=data, for the dataset's file  PYTHON=python

@@ -100,6 +100,7 @@ def results(tmp_path):
             found["curves"] = {
                 "n": 100,
                 "norm": "linf",
+                "eps": 0.3,
                 "axes": {"eps": {"at": [0, 1], "right": {"a": [95, 9], "b": [95, 6]}}},
             }
         rights = {"clean": few < 95, "square": np.array([True, False, True, False])}
@@ -252,6 +253,14 @@ def rewrite(folder, **facts):
     (folder / "eval.json").write_text(json.dumps(json.loads((folder / "eval.json").read_text()) | facts))
 
 
+def two_curves(path):
+    """Of 100 images and of 200."""
+    facts = json.loads((path / "toy/one-s1/strong/eval.json").read_text())["analyses"]
+    facts["curves"]["n"] = 200
+    rewrite(path / "toy/two-s0", analyses=facts)
+    says("```curves a.png eps\na | toy/one\nb | toy/two\n```")(path)
+
+
 def says(text):
     return lambda path: (path / "report.md").write_text(text)
 
@@ -278,7 +287,7 @@ def says(text):
     (says("```lines a.png clean; x\na | toy/one\n```"), "lines a.png clean; x: "),
     (says("```curves a.png eps\na | toy/two\n```"), "no curve of toy/two by eps"),
     (says("```curves a.png time\na | toy/one\n```"), "no curve of toy/one by time"),
-    (says("```curves a.png eps\na | toy/one\nb | other/net\n```"), "put side by side"),
+    (two_curves, "n = 100 and of toy, Linf, n = 200 are put side by side"),
     (lambda path: write_evaluation(path / "toy/two-s0/l2", {"clean": first(9, 10)}, norm="l2"), "its norm is not that"),
     (lambda path: write_evaluation(path / "toy/two-s0/x", {"clean": first(9, 10)}, weights="ab"), "its weights is not"),
     (lambda path: (path / "toy/two-s0/eval.json").write_text("{"), "not the evaluation of one model"),
@@ -342,7 +351,7 @@ def test_the_committed_results_are_of_the_flags_in_the_scripts(dataset):
     """Each network's arguments are those that its row has today, or has by default."""
     benchmarks = Path(__file__).parent.parent / "benchmarks"
     rows = rows_of(benchmarks / f"{dataset.removesuffix('_jpeg')}.sh")
-    paths = sorted((benchmarks / "results" / dataset).glob("*-s*/fast/eval.json"))
+    paths = sorted((benchmarks / "results").glob(f"{dataset}*/*-s*/f[al]*/eval.json"))  # fast, float32
     assert len(paths) > 5
     for path in paths:
         row, _, seed = path.parent.parent.name.rpartition("-s")
