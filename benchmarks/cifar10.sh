@@ -26,7 +26,7 @@ evaluations() { # row, kind
         ;;
     nat)
         evaluate "$1" "$1/fast" --n 2000 --attacks fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf,pgd-100
-        evaluate "$1" "$1/strong" --n 1000 --attacks square,autoattack --audit --analyze angles
+        evaluate "$1" "$1/strong" --n 500 --attacks square,autoattack --audit --analyze angles
         ;;
     esac
 }
