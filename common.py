@@ -902,7 +902,10 @@ def read_file(path: Path) -> dict:
             raise ValueError(f"checksum of {flipped}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        told = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it torch gives dangerous advice
+        if told.startswith("Unsupported global"):
+            raise UserError(f"{path}: holds Python objects, not tensors alone: save model.state_dict()") from None
+        reason = told.strip().split("\n")[0][:120] or type(error).__name__
         raise UserError(f"{path}: truncated, damaged, or no checkpoint at all ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
@@ -988,6 +991,16 @@ def build_model(args: argparse.Namespace, data: Data, **options: object) -> mode
         raise UserError(error) from None
 
 
+def check_readable(model: models.Classifier) -> None:
+    """Raises UserError where no checkpoint of the model could be read: it has more, or less, than build_model makes."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        made = {key: value.shape for key, value in models.build_model(**model.options).state_dict().items()}
+    has = {key: value.shape for key, value in model.state_dict().items()}
+    if odd := sorted(key for key in made.keys() | has.keys() if made.get(key) != has.get(key)):
+        told = f"{odd[0]} of the model is not as build_model makes it, so no evaluation could read its checkpoints"
+        raise UserError(f"{told}: have it made in models.py")
+
+
 class Run:
     """What every training loop needs around it: device, batches, optimizer, schedule, log, checkpoints, resume.
 
@@ -1027,6 +1040,7 @@ class Run:
             torch.compiler.reset()  # all models of a process share one count of variants, past which they run in eager
             torch._dynamo.config.recompile_limit = 32  # training, attack and held-out batches of several sizes
             self.model.compile()
+        check_readable(model)
         self.optimizer = make_optimizer(model, args)
         self.steps_an_epoch = replays * (len(data.y_train) // args.batch_size)
         self.epoch, self.history, self.lr, self.plotted = 0, [], args.lr, time.monotonic()
@@ -1068,9 +1082,18 @@ class Run:
             f"{args.method} on {data.name} ({data.source}); {args.arch}, {millions:.2f} M parameters, on {args.device}"
         )
         print(
-            f"{len(data.y_train)} training and {len(data.y_val)} held-out images; Linf eps {args.eps:.4g}; "
-            f"bfloat16 {'on' if args.amp else 'off'}; {f'{self.ranks} ranks; ' * (self.ranks > 1)}writing to {self.out}"
+            f"{len(data.y_train)} training and {len(data.y_val)} held-out images{self._gaps()}; "
+            f"Linf eps {args.eps:.4g}; bfloat16 {'on' if args.amp else 'off'}; "
+            f"{f'{self.ranks} ranks; ' * (self.ranks > 1)}writing to {self.out}"
         )
+        if self.trained_on == "robust" and args.eps_warmup > args.epochs:
+            reached = args.eps * args.epochs / args.eps_warmup
+            print(f"eps rises over {args.eps_warmup:g} epochs, so in these it gets to {reached:.3g} alone")
+
+    def _gaps(self) -> str:
+        """What the header says of labels that no training image has, but for which there is a class."""
+        empty = self.data.num_classes - len(self.data.y_train.unique())
+        return f" of {self.data.num_classes} classes, {empty} without a training image" if empty else ""
 
     def _write(self, name: str, write: Callable[[object], None]) -> None:
         """A text file, by the first rank."""
@@ -1084,7 +1107,8 @@ class Run:
         try:
             for key, old in content["args"].items():
                 new = getattr(self.args, key, None)
-                if key not in MAY_CHANGE and new != old:
+                fewer = key == "epochs" and new < old
+                if fewer or (key not in MAY_CHANGE and new != old):
                     flag = "--" + key.replace("_", "-")
                     raise UserError(f"--resume: {flag} was {old}, now {new}; keep it, or choose another --out")
             if (content["dataset"], content["model_options"]) != (self._dataset(), self.model.options):

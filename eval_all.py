@@ -48,6 +48,7 @@ import re
 import shlex
 import statistics
 import sys
+import sysconfig
 import time
 import zipfile
 import zlib
@@ -892,6 +893,10 @@ def takes(attack: Attack, option: str) -> bool:
     return "budget" in parameters or (option == "step_size" and "options" in parameters)
 
 
+def knows_l2(attack: Attack) -> bool:
+    return takes(attack, "norm") or function_of(attack) in (clean, cw_l2)
+
+
 def default_step_size(papers: float, eps: float, steps: int, norm: str) -> float:
     """The papers' step size where it can cross the ball in `steps`, else 2.5 * eps / steps (Madry et al. 2018)."""
     return papers if norm == "linf" and papers * steps > 1.9 * eps else 2.5 * eps / steps
@@ -926,26 +931,32 @@ def paper_attacks(method: str, known: str | None) -> list[str]:
     return (WEIGHTPEN_SMALL if text is WEIGHTPEN and known in ("digits", "mnist") else text).split()
 
 
+def why_left_out(name: str, features: bool, norm: str) -> str | None:
+    """What keeps a preset from an attack: a package, features(x), the norm."""
+    if name == "autoattack-official" and importlib.util.find_spec("autoattack") is None:
+        return GET_AUTOATTACK
+    if name == "feature" and not features:
+        return "the attack feature needs a model with features(x)"
+    return None if norm == "linf" or knows_l2(find_attack(name)) else f"attack {name} knows the Linf ball alone"
+
+
 def named_attacks(
-    text: str, methods: tuple[str, ...] = ("",), known: str | None = None, features: bool = True
+    text: str, methods: tuple[str, ...] = ("",), known: str | None = None, features: bool = True, norm: str = "linf"
 ) -> dict[str, Attack]:
     """The attacks of --attacks: names and presets, separated by commas; clean comes first in any case.
 
-    `paper` is what the papers of `methods` report on the dataset `known`, all of it for each of them. `features` says
-    that the models have features(x): without them a preset does without the attack on these.
+    `paper` is what the papers of `methods` report on the dataset `known`, all of it for each of them. A preset does
+    without attacks that do not know `norm`, and without the one on features where the models have no features(x).
     """
     names = ["clean"]
     presets = PRESETS | {"paper": [name for method in methods for name in paper_attacks(method, known)]}
     for part in map(str.strip, text.split(",")):
-        left_out = {}
-        if part == "all" and importlib.util.find_spec("autoattack") is None:
-            left_out["autoattack-official"] = GET_AUTOATTACK
-        if part in presets and not features:
-            left_out["feature"] = "the attack feature needs a model with features(x)"
-        chosen = presets.get(part, [part])
-        names += [name for name in chosen if name not in left_out]
-        for name in left_out.keys() & set(chosen):
-            print(f"left out: {left_out[name]}")
+        for name in presets.get(part, [part]):
+            why = part in presets and why_left_out(name, features, norm)
+            if why:
+                print(f"left out: {why}")
+            else:
+                names.append(name)
     return {name: find_attack(name) for name in dict.fromkeys(names)}
 
 
@@ -1013,14 +1024,23 @@ def digest(nets: list[nn.Module], *tensors: Tensor) -> "hashlib._Hash":
     return found
 
 
+def own_files() -> set[str]:
+    """The files of the modules in use that are no installed package's: ours, and a user's."""
+    installed = (sysconfig.get_path("stdlib"), "site-packages", "dist-packages")
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    return {file for file in files if file and os.path.isfile(file) and not any(place in file for place in installed)}
+
+
 def identity(found: "Found", x: Tensor, y: Tensor, settings: dict) -> str:
     """A digest of all that verdicts depend on, apart from the list of attacks: the models' weights, what they were
-    built with, or the file that a user's own comes from, images, settings."""
-    one = digest([model for _, model, _ in found], x, y)
+    built with, or the function that makes a user's own, images, settings, and the code of models and attacks."""
+    one, files = digest([model for _, model, _ in found], x, y), own_files()
     for _, model, meta in found:
-        path, is_code, function = meta["checkpoint"].rpartition(".py:")
-        made_by = Path(f"{path}.py").read_bytes() + function.encode() if is_code else json.dumps(model.options).encode()
-        one.update(made_by)
+        files |= meta.get("files", set())
+        made_by = meta["checkpoint"].rpartition(":")[2] if "files" in meta else json.dumps(model.options)
+        one.update(made_by.encode())
+    for file in sorted(files):
+        one.update(Path(file).read_bytes())
     one.update(json.dumps({k: v for k, v in settings.items() if k != "command"}).encode())
     return one.hexdigest()
 
@@ -1090,6 +1110,8 @@ class Journal:
             if content.get("identity") == identity:
                 self.pieces = content["pieces"]
                 print(f"going on with {len(self.pieces)} finished batches of {path}", file=sys.stderr)
+            else:
+                print(f"{path} is of other models, settings or code: beginning anew", file=sys.stderr)
         self.pieces = self.ranks.from_first(self.pieces)
 
     def gather(self, tasks: dict[str, Callable[[], dict]]) -> list[dict]:
@@ -1132,6 +1154,19 @@ def crafting(model: nn.Module, attack: Attack, amp: bool) -> Iterator[list[int]]
             model.amp = False
 
 
+@contextmanager
+def blamed_on(what: str) -> Iterator[None]:
+    """Whatever a user's model or attack may raise becomes one line that begins with `what`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise  # cli knows the remedy
+    except (common.UserError, RuntimeError) as error:
+        raise common.UserError(f"{what}: {error}") from error
+    except Exception as error:
+        raise common.UserError(f"{what}: {type(error).__name__}: {error}") from error
+
+
 def threat(attack: Attack, settings: dict) -> dict:
     """The norm and eps of the attack: those of the evaluation, except that C&W-L2 and fgsm-l2 have their own."""
     own = function_of(attack) is cw_l2 or "norm" in getattr(attack, "keywords", {})
@@ -1146,8 +1181,11 @@ def budget(name: str, attack: Attack, settings: dict) -> dict:
     options, steps = {"eps": within["eps"]}, steps_of(attack)
     if takes(attack, "norm"):
         options["norm"] = within["norm"]
-    elif within["norm"] != "linf" and function_of(attack) not in (clean, cw_l2):
+    elif within["norm"] != "linf" and not knows_l2(attack):
         raise common.UserError(f"attack {name} knows the Linf ball alone")
+    required = inspect.signature(function_of(attack)).parameters.get("step_size")
+    if not steps and required and required.default is inspect.Parameter.empty:
+        raise common.UserError(f"attack {name} has a step size, but no steps: partial(FUNCTION, steps=20) in ATTACKS")
     if steps and takes(attack, "step_size"):
         papers = OWN_STEP.get(function_of(attack), THREAT[settings["known"]][1])
         chosen = attack.keywords.get("step_size", settings["step_size"])  # the name's own, or the flag's
@@ -1163,14 +1201,10 @@ def attack_batch(
     """One attack on a batch of `rows`, judged: `right` and `distance` (B,) to the misclassified image, `passes`,
     `faults`."""
     within, start, x, y = threat(attack, settings), time.perf_counter(), floats(x, rows, y.device), y[rows]
+    options = budget(name, attack, settings)
     torch.manual_seed(seed)
-    try:
-        with crafting(model, attack, settings["amp"]) as passes:
-            x_adv = attack(model, x, y, **budget(name, attack, settings)).detach()
-    except torch.OutOfMemoryError:
-        raise  # cli knows the remedy
-    except (common.UserError, RuntimeError) as error:
-        raise common.UserError(f"attack {name} failed: {error}") from error
+    with blamed_on(f"attack {name} failed"), crafting(model, attack, settings["amp"]) as passes:
+        x_adv = attack(model, x, y, **options).detach()
     distance = common.lengths(x_adv - x, within["norm"]).flatten()
     if function_of(attack) in NEAREST:
         check_range(name, x_adv)
@@ -1227,7 +1261,8 @@ def evaluate(
     """
     model.eval()
     journal = journal or Journal()
-    prediction = predictions(model, x, settings["batch_size"], y.device)
+    with blamed_on("the model failed"):
+        prediction = predictions(model, x, settings["batch_size"], y.device)
     outcomes = {}
     for name, attack in attacks.items():
         outcomes[name] = run_attack(model, name, attack, x, y, prediction == y, settings, journal)
@@ -1235,6 +1270,11 @@ def evaluate(
         if not journal.ranks.rank:
             print(f"  {name:<20} {accuracy:6.2f} %  {seconds:8.1f} s", file=sys.stderr)
     outcomes["clean"]["faults"] += int((prediction < 0).sum())
+    unsteady = (prediction == y) & ~outcomes["clean"]["right"]  # asked again, with others in the batch
+    if unsteady.float().mean() > 0.01 and not journal.ranks.rank:
+        told = f"{int(unsteady.sum())} images that it classified right it does not when asked again"
+        print(f"warning: the model is random, its figures mean little: {told}", file=sys.stderr)
+    outcomes["clean"]["right"] = prediction == y
     return {"prediction": prediction, "attacks": outcomes}
 
 
@@ -1883,7 +1923,7 @@ def plot_examples(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, path: P
     shown = {key: value.tolist() for key, value in shown.items()}
     reach = max(float((x_adv - x)[rows].abs().max()), 1e-6)
     images = [x[rows], x_adv[rows], (x_adv - x)[rows] / (2 * reach) + 0.5]
-    names = ["clean", "attacked", f"perturbation\n(-{reach:.3g} to {reach:.3g})"]
+    names = ["clean", "attacked", f"perturbation\n(± {reach:.3g})"]
     figure, grid = plt.subplots(3, len(rows), figsize=(1.1 * len(rows) + 0.4, 3.9), squeeze=False, layout="constrained")
     for axes, part, name in zip(grid, images, names, strict=True):
         cmap = "gray" if name in ("clean", "attacked") else "RdBu_r"
@@ -1971,6 +2011,8 @@ def print_geodesic(results: dict) -> None:
         for key, value in figures.items():
             if isinstance(value, dict):
                 value = f"{value['percent']:.2f} % ({interval(value)}), n = {value['n']}"
+            elif value is None:
+                value = "no such image"
             print(f"  {key.replace('_', ' '):<28} {value}")
 
 
@@ -1989,8 +2031,8 @@ def imports_from(folder: Path) -> Iterator[None]:
         sys.modules.update({name: module for name, module in ours.items() if module})
 
 
-def user_model(text: str) -> tuple[nn.Module, str]:
-    """The module that FILE.py:FUNCTION makes, and its name."""
+def user_model(text: str) -> tuple[nn.Module, str, set[str]]:
+    """The module that FILE.py:FUNCTION makes, its name, and the files of the code in use then."""
     path, _, function = text.rpartition(":")
     if not Path(path).is_file() or not path.endswith(".py"):
         raise common.UserError(f"--model {text}: there is no Python file {path}")
@@ -1999,12 +2041,12 @@ def user_model(text: str) -> tuple[nn.Module, str]:
     try:
         with imports_from(Path(path).resolve().parent):
             spec.loader.exec_module(module)
-            model = getattr(module, function)()
+            model, files = getattr(module, function)(), own_files()
     except (Exception, SystemExit) as error:
         raise common.UserError(f"--model {text}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise common.UserError(f"--model {text}: returned a {type(model).__name__}, not an nn.Module")
-    return model, f"{Path(path).stem}:{function}"
+    return model, f"{Path(path).stem}:{function}", files
 
 
 def foreign_options(args: argparse.Namespace) -> dict:
@@ -2044,8 +2086,8 @@ def load_models(texts: list[str], foreign: dict, device: str) -> Found:
     found = []
     for text in texts:
         if ".py:" in text:
-            model, name = user_model(text)
-            found.append((name, model.to(device).eval(), {"checkpoint": text}))
+            model, name, files = user_model(text)
+            found.append((name, model.to(device).eval(), {"checkpoint": text, "files": files}))
         else:
             file = common.checkpoint_file(text)
             model, meta = common.load_checkpoint(file, device, **foreign)
@@ -2182,12 +2224,18 @@ def print_report(result: dict) -> None:
             print(f"FAULT: logits that are not finite on {row['not_finite']} images under {attack}; counted as wrong")
 
 
+def label_of(attack: str, result: dict) -> str:
+    """The attack's name, and its ball where that is not the evaluation's."""
+    row = {"norm": result["norm"]} | result["attacks"][attack]
+    return attack if row["norm"] == result["norm"] else f"{attack} ({NORMS[row['norm']]} {row['eps']:g})"
+
+
 def print_comparison(results: list[dict]) -> None:
     """Models by attacks, the worst case first."""
     width = max(len(result["model"]) for result in results)
     columns = ["worst case", *(name for name in results[0]["attacks"] if name != "worst case" and FROM not in name)]
     print(f"\n{heading(results[0])}")
-    print(" " * width + "".join(f" {attack:>23}" for attack in columns))
+    print(" " * width + "".join(f" {label_of(attack, results[0]):>23}" for attack in columns))
     for result in results:
         rows = [result["attacks"][attack] for attack in columns]
         cells = [f"{row['accuracy']:.2f} ({interval(row)})" for row in rows]
@@ -2279,7 +2327,8 @@ def plot_results(results: list[dict], path: Path) -> None:
         axis.barh(places, accuracy, height * 0.9, xerr=error, label=result["model"], error_kw={"linewidth": 0.8})
         for place, value, high in zip(places, accuracy, error[1], strict=True):
             axis.text(value + high + 1, place, f"{value:.1f}", va="center", fontsize=8)
-    axis.set(yticks=range(len(attacks)), yticklabels=attacks, xlim=(0, 110), ylim=(len(attacks) - 0.5, -0.5))
+    labels = [label_of(attack, results[0]) for attack in attacks]
+    axis.set(yticks=range(len(attacks)), yticklabels=labels, xlim=(0, 110), ylim=(len(attacks) - 0.5, -0.5))
     first, counts = results[0], {row["n"] for result in results for row in result["attacks"].values()}
     n = f"n = {counts.pop()}, " if len(counts) == 1 else ""
     axis.set_xlabel(
@@ -2308,9 +2357,9 @@ def plot_results(results: list[dict], path: Path) -> None:
 #     ```grid FILE.png ATTACK; AXIS    the same rows as a grid of cells
 #     ```curves FILE.png eps           rows label | NAME: by eps, steps or restarts what --analyze curves found
 #
-# A column of a table may also be `audit`, or `worst case`: on the images that its columns share, over all attacks in
-# the ball of the evaluation that every seed faced there, with a column or without. Of several seeds the mean is given,
-# and the interval from the lowest end of theirs to the highest.
+# In the heads of blocks an ATTACK is one, no `A + B`. A column of a table may also be `audit`, or `worst case`: on the
+# images that its columns share, over all attacks in the ball of the evaluation that every seed faced there, with a
+# column or without. Of several seeds the mean is given, and the interval from the lowest end of theirs to the highest.
 
 WORST, AUDIT, NOT_SHOWN = "worst case", "audit", "no difference shown"
 TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar10_jpeg": "CIFAR-10 (JPEG copy)"}
@@ -2395,6 +2444,8 @@ def read_evaluations(folders: list[Path]) -> Evaluations:
     found: Evaluations = {}
     for folder in folders:
         for path in sorted(folder.rglob("eval.json")):
+            if path.read_bytes().startswith(b"["):  # a comparison of models, each of which has its own
+                continue
             inside = [parent for parent in path.parents if folder in parent.parents]
             home = next((parent for parent in inside if re.search(r"-s\d+$", parent.name)), None)
             if home is None:
@@ -2572,6 +2623,13 @@ def series(pattern: str, values: str, attack: str, found: Evaluations) -> list[d
     return figures
 
 
+def attack_and_axis(about: str) -> tuple[str, str]:
+    attack, semicolon, axis_name = about.partition("; ")
+    if not semicolon:
+        raise ValueError("its head is no FILE.png ATTACK; AXIS")
+    return attack, axis_name
+
+
 def axis_label(attack: str, row: dict) -> str:
     return f"accuracy under {attack} (%)\n{row['setting']}, n = {row['n']:,}"
 
@@ -2579,7 +2637,7 @@ def axis_label(attack: str, row: dict) -> str:
 def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
     """Accuracy with its interval against what is varied, a line a row."""
     plt = pyplot()
-    attack, axis_name = about.split("; ")
+    attack, axis_name = attack_and_axis(about)
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for (label, pattern, values), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
         figures, at = series(pattern, values, attack, found), [float(value) for value in values.split(",")]
@@ -2619,10 +2677,13 @@ def draw_curves(path: Path, varied: str, rows: list[list[str]], found: Evaluatio
 def draw_grid(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
     """Accuracies as colored cells: a line a row, a column a value."""
     plt = pyplot()
-    attack, axis_name = about.split("; ")
+    attack, axis_name = attack_and_axis(about)
     figures = [series(pattern, values, attack, found) for _, pattern, values in rows]
+    if len({len(line) for line in figures}) > 1:
+        raise ValueError("its rows have not all as many values")
     cells = np.array([[row["accuracy"] for row in line] for line in figures])
-    figure, axis = plt.subplots(figsize=(1.7 + 0.9 * cells.shape[1], 1.2 + 0.5 * len(cells)), layout="constrained")
+    size = (1.7 + 0.9 * cells.shape[1], max(3, 1.2 + 0.5 * len(cells)))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
     image = axis.imshow(cells, cmap="viridis", aspect="auto")
     for (i, j), value in np.ndenumerate(cells):
         color = "white" if value < (cells.min() + cells.max()) / 2 else "black"
@@ -2758,10 +2819,12 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
                 raise ValueError("its rows are no LABEL | NAME | FIGURES")
             if kind in ("table", "compare"):
                 return {"table": draw_table, "compare": draw_comparisons}[kind](first, rows, found)
+            if not name.endswith(".png"):
+                raise ValueError(f"{name!r} is no FILE.png")
             (out.parent / name).parent.mkdir(parents=True, exist_ok=True)
             draw = {"dots": draw_dots, "lines": draw_lines, "grid": draw_grid, "curves": draw_curves}[kind]
             draw(out.parent / name, about, rows, found)
-        except (ValueError, IndexError, OSError) as error:
+        except (ValueError, IndexError, OSError, common.UserError) as error:
             raise common.UserError(f"report.md: {kind} {first}: {error}") from None
         return f"![{about}]({name})"
 
@@ -2950,7 +3013,8 @@ def main(argv: list[str] | None = None) -> None:
     dataset, folder = find_test_set(args, found + sources)
     methods = tuple(meta.get("method", "") for _, _, meta in found)
     features = all(hasattr(model, "features") for _, model, _ in found)
-    attacks = named_attacks(args.attacks, methods, common.known_dataset(dataset), features) | transfer_attacks(sources)
+    attacks = named_attacks(args.attacks, methods, common.known_dataset(dataset), features, args.norm)
+    attacks |= transfer_attacks(sources)
     data = common.load_data(dataset, folder)
     for name, model, _ in found + sources:
         check_fit(name, model, data, args.device)

@@ -256,6 +256,12 @@ def sphere():
     return model, x, model(x).argmax(1)
 
 
+def test_a_geodesic_figure_of_no_images_says_so(capsys):
+    eval_all.print_geodesic({"pgd-40": {"auroc": None, "accuracy": eval_all.proportion(torch.tensor([True]))}})
+    told = capsys.readouterr().out
+    assert "no such image" in told and "None" not in told and "100.00 %" in told
+
+
 def test_geodesic_pgd_stays_in_the_ball_and_evades_the_rejection(sphere):
     model, x, y = sphere
     eps, budget = 0.1, {"step_size": 0.01, "steps": 40}

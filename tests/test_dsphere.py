@@ -178,6 +178,18 @@ def test_geodesic_statistics_are_stored_with_the_weights_they_belong_to(cli, mak
             assert meta["geodesic"]["std"][k] == pytest.approx(angles.std().item(), abs=1e-4)
 
 
+def test_nothing_is_accepted_as_a_class_without_images():
+    torch.manual_seed(0)
+    options = dict(image_size=8, correlation="cosine", manifold="sphere", head="sphere")
+    model = models.build_model("dsphere_mnist", 4, 1, **options).eval()
+    x, y = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8), torch.arange(30) % 3
+    y[y == 2] = torch.tensor([0, 1] * 5)
+    y[0] = 2  # one image of class 2, none of class 3
+    with torch.no_grad():
+        statistics = train_dsphere.geodesic_statistics(model, x, y)
+    assert statistics["mean"][2:] == statistics["std"][2:] == [0.0, 0.0] and min(statistics["std"][:2]) > 0
+
+
 def test_iterations_become_whole_epochs(cli, tmp_path):
     flags = ["--limit", "180", "--batch-size", "40", "--iterations", "5", "--out", tmp_path / "run"]
     assert cli("train_dsphere", *flags)[0] == 0

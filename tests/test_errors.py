@@ -133,7 +133,7 @@ FAULTS = {
     "empty": "truncated, damaged, or no checkpoint",
     "text": "truncated, damaged, or no checkpoint",
     "png": "truncated, damaged, or no checkpoint",
-    "pickle": "truncated, damaged, or no checkpoint",
+    "pickle": "holds Python objects, not tensors alone",
     "list": "holds a list",
     "foreign": "neither a checkpoint of this project nor a plain state dict",
     "wrong arch": "do not fit arch wrn-16-1",

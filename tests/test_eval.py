@@ -107,6 +107,38 @@ def test_logits_that_are_not_finite_are_a_fault_and_count_as_wrong(pixels, capsy
     assert "FAULT: logits that are not finite on 1 images" in capsys.readouterr().out
 
 
+def test_a_random_model_is_warned_of_and_its_clean_figure_is_that_of_clean_prediction(capsys):
+    class Random(torch.nn.Module):
+        def forward(self, x):
+            return torch.randn(len(x), 2)
+
+    x, y = torch.rand(64, 1, 2, 2), torch.zeros(64, dtype=torch.long)
+    outcome = eval_all.evaluate(Random(), eval_all.named_attacks("noise"), x, y, SETTINGS)
+    assert torch.equal(outcome["attacks"]["clean"]["right"], outcome["prediction"] == y)
+    assert "the model is random" in capsys.readouterr().err
+    eval_all.evaluate(Threshold(), eval_all.named_attacks("noise"), x, y, SETTINGS)
+    assert "random" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at_once, attack, complaint", [
+    (16, lambda model, x, y, *, eps: (x + eps).numpy(), "attack mine failed: AttributeError: "),
+    (16, lambda model, x, y, *, eps: [][0], "attack mine failed: IndexError: "),
+    (16, lambda model, x, y, *, eps, step_size: x, "attack mine has a step size, but no steps: partial"),
+    (2, eval_all.clean, "the model failed: ValueError: 2 images at once, not 16"),
+])  # fmt: skip
+def test_what_a_users_code_raises_is_one_line(at_once, attack, complaint):
+    class Particular(Threshold):
+        def forward(self, x):
+            if len(x) > at_once:
+                raise ValueError(f"{at_once} images at once, not {len(x)}")
+            return super().forward(x)
+
+    attacks, x = {"clean": eval_all.clean, "mine": attack}, torch.rand(32, 1, 2, 2)
+    y = (x[:, 0, 0, 0] > 0.5).long()
+    with pytest.raises(common.UserError, match=f"^{complaint}"):
+        eval_all.evaluate(Particular(), attacks, x, y, SETTINGS)
+
+
 def test_restarts_only_ever_lower_the_accuracy(small_model):
     x = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     y, counts = small_model(x).argmax(1), []
@@ -240,6 +272,21 @@ def test_presets_and_duplicates():
     assert list(eval_all.named_attacks("fgsm,clean,fgsm")) == ["clean", "fgsm"]
     assert list(eval_all.named_attacks("quick,pgd-40")) == [*eval_all.PRESETS["quick"], "pgd-40"]
     assert set(eval_all.PRESETS["all"]) == set(eval_all.ATTACKS)
+
+
+def test_a_preset_in_the_l2_ball_does_without_what_knows_linf_alone(cli, run_folder, capsys):
+    chosen = eval_all.named_attacks("all", norm="l2")
+    assert {"pgd-20", "square", "autoattack", "cw-l2", "deepfool"} <= chosen.keys()
+    assert not {"feature", "rays", "zoo", "spsa-20", "nes-20"} & chosen.keys()
+    assert "left out: attack rays knows the Linf ball alone" in capsys.readouterr().out
+    code, _, err = cli("eval_all", run_folder("run"), "--attacks", "quick,rays", "--norm", "l2")
+    assert code == 2 and "rays knows the Linf ball alone" in err  # asked for by name
+
+
+def test_an_attack_with_a_ball_of_its_own_is_marked_so_in_the_comparison(cli, run_folder, tmp_path):
+    runs = [run_folder("first"), run_folder("second", head="linear")]
+    code, out, _ = cli("eval_all", *runs, "--attacks", "fgsm-l2,fgsm", "--out", tmp_path / "both")
+    assert code == 0 and "fgsm-l2 (L2 1)" in out[out.rindex("toy, n = 20") :]
 
 
 def test_best_pt_comes_before_last_pt_and_last_pt_serves_where_there_is_no_best(run_folder):
@@ -417,17 +464,41 @@ def test_the_identity_of_an_evaluation_is_its_model_images_and_settings(small_mo
     assert first == eval_all.identity(one(small_model), x, y, SETTINGS | {"command": "another"})
     assert first != eval_all.identity(one(small_model), x, y, SETTINGS | {"eps": 0.2})
     assert first != eval_all.identity(one(small_model), x.flip(0), y, SETTINGS)
-    theirs = [("m", small_model, {"checkpoint": f"{tmp_path}/net.py:make"})]
-    (tmp_path / "net.py").write_text("one")
-    before = eval_all.identity(theirs, x, y, SETTINGS)
-    (tmp_path / "net.py").write_text("two")
-    assert first != before != eval_all.identity(theirs, x, y, SETTINGS)
-    other = [("m", small_model, {"checkpoint": f"{tmp_path}/net.py:make_another"})]
-    assert eval_all.identity(other, x, y, SETTINGS) != eval_all.identity(theirs, x, y, SETTINGS)
     small_model.options["scale"] = 1.0  # changes no weight, but what an attack is told
     assert first != eval_all.identity(one(small_model), x, y, SETTINGS)
     small_model.options["scale"] = 15.0
     assert first != eval_all.identity(one(small_model.bfloat16()), x, y, SETTINGS)
+
+
+def test_the_identity_of_an_evaluation_is_its_code_ours_and_the_users(tmp_path, monkeypatch):
+    x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    sources = {
+        "helper_of_net.py": "scale = 1\n",
+        "models.py": "import torch\nNet = torch.nn.Flatten\n",
+        "net.py": "import helper_of_net, models\nmake = models.Net\nmake_another = models.Net\n",
+    }
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text)
+    model, _, files = eval_all.user_model(f"{tmp_path}/net.py:make")
+    digests = set()
+    for function in ("make", "make_another"):
+        found = [("m", model, {"checkpoint": f"{tmp_path}/net.py:{function}", "files": files})]
+        digests.add(eval_all.identity(found, x, y, SETTINGS))
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text + "# edited\n")
+        digests.add(eval_all.identity(found, x, y, SETTINGS))
+    assert len(digests) == 5
+    assert {"eval_all.py", "common.py", "models.py"} <= {Path(file).name for file in eval_all.own_files()}
+    assert not [file for file in eval_all.own_files() if "site-packages" in file or Path(file).name == "json.py"]
+
+
+def test_verdicts_of_attacks_that_were_edited_since_are_not_taken_up(small_model, tmp_path, capsys):
+    x, path = torch.rand(16, 1, 8, 8), tmp_path / "unfinished.pt"
+    y, attacks = small_model(x).argmax(1), eval_all.named_attacks("fgsm")
+    journals = [eval_all.Journal(path, "before"), eval_all.Journal(path, "after")]
+    eval_all.evaluate(small_model, attacks, x, y, SETTINGS, journals[0])
+    assert path.exists() and not eval_all.Journal(path, "after").pieces and eval_all.Journal(path, "before").pieces
+    assert "of other models, settings or code: beginning anew" in capsys.readouterr().err
 
 
 def test_a_transferred_attack_is_crafted_on_the_source_to_its_last_step(linear_model):

@@ -200,6 +200,12 @@ def test_the_interval_of_a_paired_difference():
     assert same["low"] == -same["high"] < 0 and same["p"] == 1
 
 
+def test_a_comparison_beside_its_models_is_passed_over(results):
+    before = eval_all.read_evaluations([results]).keys()
+    (results / "eval.json").write_text('[{"model": "one"}, {"model": "two"}]')
+    assert eval_all.read_evaluations([results]).keys() == before
+
+
 def test_the_worst_case_is_over_all_attacks_that_every_seed_faced(results):
     """With a column or without; but not over those in another ball, or on fewer images than the columns share."""
     seeds = eval_all.read_evaluations([results])["toy/one"]
@@ -269,7 +275,11 @@ def says(text):
     (lambda path: (path / "report.md").unlink(), "there is no"),
     (says("{toy/one on magic}"), "no evaluation of toy/one under magic"),
     (says("{toy/one vs toy/none on clean}"), "no seed of both"),
-    (says("```grid a clean; m\na | toy/no | 1\n```"), "evaluation of toy/no"),
+    (says("```grid a.png clean; m\na | toy/no | 1\n```"), "evaluation of toy/no"),
+    (says("```dots clean, pgd-20\na | toy/one\n```"), "'clean,' is no FILE.png"),
+    (says("```lines a.png clean\na | toy/step* | 1,2\n```"), "lines a.png clean: its head is no FILE.png ATTACK; AXIS"),
+    (says("```grid a.png clean; m\na | toy/step* | 1,2\nb | toy/step* | 1\n```"), "not all as many values"),
+    (says("```table clean + pgd-20\na | toy/one\n```"), "report.md: table clean + pgd-20: unknown attack"),
     (says("```table clean\na | toy/one | 1, 2\n```"), "more figures of the paper"),
     (says("{toy/one vs other/net on clean}"), "put side by side"),
     (lambda path: relabel(path / "toy/two-s0"), "differ in their labels"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,36 @@ def test_resume_of_another_method_or_a_broken_file_is_refused(whole_run, refused
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "last.pt").write_bytes((whole_run / "last.pt").read_bytes()[:1000])
     assert "truncated" in refused("train_pgd_he", *flags, tmp_path / "broken")
+
+
+def test_resume_with_fewer_epochs_is_refused(whole_run, refused):
+    before = (whole_run / "args.json").read_bytes()
+    flags = [*QUICK, "--arch", "wrn-10-1", "--epochs", "2", "--out", whole_run, "--resume"]
+    assert "--epochs was 3, now 2" in refused("train_pgd_he", *flags)
+    assert (whole_run / "args.json").read_bytes() == before
+
+
+def test_a_network_that_no_evaluation_could_read_is_refused_before_the_training(monkeypatch, refused, tmp_path):
+    build = common.build_model
+
+    def with_a_temperature(*arguments, **options):
+        model = build(*arguments, **options)
+        model.temperature = torch.nn.Parameter(torch.tensor(15.0))
+        return model
+
+    monkeypatch.setattr(common, "build_model", with_a_temperature)
+    told = refused("train_pgd_he", *QUICK, "--out", tmp_path / "run")
+    assert "temperature of the model is not as build_model makes it" in told and not (tmp_path / "run").exists()
+
+
+def test_the_header_says_what_eps_gets_to_and_which_classes_have_no_image(cli, make_npz, tmp_path):
+    path = make_npz(y_train=np.arange(140) % 3 * 4, y_test=np.arange(20) % 3 * 4)
+    flags = ["--dataset", path, "--arch", "small_cnn", "--epochs", "2", "--steps", "1", "--batch-size", "20"]
+    code, out, _ = cli("train_pgd_he", *flags, "--eps", "0.1", "--eps-warmup", "8", "--out", tmp_path / "run")
+    assert code == 0 and "held-out images of 9 classes, 6 without a training image; " in out
+    assert "eps rises over 8 epochs, so in these it gets to 0.025 alone" in out
+    code, out, _ = cli("train_pgd_he", *QUICK, "--epochs", "1", "--out", tmp_path / "usual")
+    assert code == 0 and "classes" not in out and "eps rises" not in out
 
 
 def test_resume_with_more_epochs_goes_on_and_with_none_left_changes_nothing(cli, tmp_path):
