@@ -13,7 +13,7 @@ rows="
 pgd                at    train_pgd_he.py --head linear $hour
 pgd-he             at    train_pgd_he.py $hour
 angular            at    train_angular_at.py $hour
-trades-he          at    train_trades_he.py --arch wrn-10-2 --epochs 10 --schedule cyclic --lr 0.1 --limit 20000
+trades-he          at    train_trades_he.py $hour
 weightpen          nat   train_weightpen.py --arch small_cnn --limit 20000 --lr 1e-3 --schedule multistep --epochs 15
 dsphere            nat   train_dsphere.py --arch dsphere_mnist --limit 20000 --epochs 10
 "
