@@ -903,7 +903,7 @@ def read_file(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         told = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it torch gives dangerous advice
-        if told.startswith("Unsupported global"):
+        if re.search(r"unsupported global", str(error), re.IGNORECASE):
             raise UserError(f"{path}: holds Python objects, not tensors alone: save model.state_dict()") from None
         reason = told.strip().split("\n")[0][:120] or type(error).__name__
         raise UserError(f"{path}: truncated, damaged, or no checkpoint at all ({reason})") from None

@@ -50,6 +50,7 @@ import statistics
 import sys
 import sysconfig
 import time
+import traceback
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -893,6 +894,12 @@ def takes(attack: Attack, option: str) -> bool:
     return "budget" in parameters or (option == "step_size" and "options" in parameters)
 
 
+def missing_of(attack: Attack) -> set[str]:
+    """The parameters that the attack has no value for yet."""
+    parameters = inspect.signature(attack).parameters.values()
+    return {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+
+
 def knows_l2(attack: Attack) -> bool:
     return takes(attack, "norm") or function_of(attack) in (clean, cw_l2)
 
@@ -1024,23 +1031,26 @@ def digest(nets: list[nn.Module], *tensors: Tensor) -> "hashlib._Hash":
     return found
 
 
-def own_files() -> set[str]:
-    """The files of the modules in use that are no installed package's: ours, and a user's."""
+def code_in_use() -> dict[str, str]:
+    """A digest of each file whose module is imported and no installed package's: ours, and a user's."""
     installed = (sysconfig.get_path("stdlib"), "site-packages", "dist-packages")
-    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return {file for file in files if file and os.path.isfile(file) and not any(place in file for place in installed)}
+    files = {str(getattr(module, "__file__", None)) for module in list(sys.modules.values())}
+    own = [file for file in files if os.path.isfile(file) and not any(place in file for place in installed)]
+    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in own}
+
+
+OUR_CODE = code_in_use()  # as it runs: a file may be edited while the attacks are at work
 
 
 def identity(found: "Found", x: Tensor, y: Tensor, settings: dict) -> str:
     """A digest of all that verdicts depend on, apart from the list of attacks: the models' weights, what they were
     built with, or the function that makes a user's own, images, settings, and the code of models and attacks."""
-    one, files = digest([model for _, model, _ in found], x, y), own_files()
+    one, code = digest([model for _, model, _ in found], x, y), {}
     for _, model, meta in found:
-        files |= meta.get("files", set())
-        made_by = meta["checkpoint"].rpartition(":")[2] if "files" in meta else json.dumps(model.options)
+        code |= meta.get("code", {})
+        made_by = meta["checkpoint"].rpartition(":")[2] if "code" in meta else json.dumps(model.options)
         one.update(made_by.encode())
-    for file in sorted(files):
-        one.update(Path(file).read_bytes())
+    one.update(json.dumps(sorted((code | OUR_CODE).items())).encode())
     one.update(json.dumps({k: v for k, v in settings.items() if k != "command"}).encode())
     return one.hexdigest()
 
@@ -1164,7 +1174,9 @@ def blamed_on(what: str) -> Iterator[None]:
     except (common.UserError, RuntimeError) as error:
         raise common.UserError(f"{what}: {error}") from error
     except Exception as error:
-        raise common.UserError(f"{what}: {type(error).__name__}: {error}") from error
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        raise common.UserError(f"{what}: {type(error).__name__}: {error} ({where})") from error
 
 
 def threat(attack: Attack, settings: dict) -> dict:
@@ -1183,8 +1195,7 @@ def budget(name: str, attack: Attack, settings: dict) -> dict:
         options["norm"] = within["norm"]
     elif within["norm"] != "linf" and not knows_l2(attack):
         raise common.UserError(f"attack {name} knows the Linf ball alone")
-    required = inspect.signature(function_of(attack)).parameters.get("step_size")
-    if not steps and required and required.default is inspect.Parameter.empty:
+    if not steps and "step_size" in missing_of(attack):
         raise common.UserError(f"attack {name} has a step size, but no steps: partial(FUNCTION, steps=20) in ATTACKS")
     if steps and takes(attack, "step_size"):
         papers = OWN_STEP.get(function_of(attack), THREAT[settings["known"]][1])
@@ -1205,12 +1216,15 @@ def attack_batch(
     torch.manual_seed(seed)
     with blamed_on(f"attack {name} failed"), crafting(model, attack, settings["amp"]) as passes:
         x_adv = attack(model, x, y, **options).detach()
+        if x_adv.shape != x.shape:
+            raise common.UserError(f"it returned {tuple(x_adv.shape)} for images {tuple(x.shape)}")
     distance = common.lengths(x_adv - x, within["norm"]).flatten()
     if function_of(attack) in NEAREST:
         check_range(name, x_adv)
     else:
         check_ball(name, x_adv, x, **within)
-    prediction = predict(model, x_adv)
+    with blamed_on("the model failed"):
+        prediction = predict(model, x_adv)
     return {
         "right": ((prediction == y) | (distance > outermost(within["eps"]))).cpu(),
         "distance": torch.where(prediction == y, math.inf, distance).cpu(),
@@ -1266,15 +1280,16 @@ def evaluate(
     outcomes = {}
     for name, attack in attacks.items():
         outcomes[name] = run_attack(model, name, attack, x, y, prediction == y, settings, journal)
+        if attack is clean:
+            unsteady = int((outcomes[name]["right"] != (prediction == y)).sum())  # asked again, in other batches
+            outcomes[name]["right"] = prediction == y
+            if unsteady > max(1, 0.01 * len(y)) and not journal.ranks.rank:
+                told = f"{unsteady} images that it classified right it gets wrong when asked again"
+                print(f"warning: the model is random, or an image's batch matters to it: {told}", file=sys.stderr)
         accuracy, seconds = 100 * outcomes[name]["right"].float().mean(), outcomes[name]["seconds"]
         if not journal.ranks.rank:
             print(f"  {name:<20} {accuracy:6.2f} %  {seconds:8.1f} s", file=sys.stderr)
     outcomes["clean"]["faults"] += int((prediction < 0).sum())
-    unsteady = (prediction == y) & ~outcomes["clean"]["right"]  # asked again, with others in the batch
-    if unsteady.float().mean() > 0.01 and not journal.ranks.rank:
-        told = f"{int(unsteady.sum())} images that it classified right it does not when asked again"
-        print(f"warning: the model is random, its figures mean little: {told}", file=sys.stderr)
-    outcomes["clean"]["right"] = prediction == y
     return {"prediction": prediction, "attacks": outcomes}
 
 
@@ -2031,8 +2046,8 @@ def imports_from(folder: Path) -> Iterator[None]:
         sys.modules.update({name: module for name, module in ours.items() if module})
 
 
-def user_model(text: str) -> tuple[nn.Module, str, set[str]]:
-    """The module that FILE.py:FUNCTION makes, its name, and the files of the code in use then."""
+def user_model(text: str) -> tuple[nn.Module, str, dict[str, str]]:
+    """The module that FILE.py:FUNCTION makes, its name, and the code in use then."""
     path, _, function = text.rpartition(":")
     if not Path(path).is_file() or not path.endswith(".py"):
         raise common.UserError(f"--model {text}: there is no Python file {path}")
@@ -2041,12 +2056,12 @@ def user_model(text: str) -> tuple[nn.Module, str, set[str]]:
     try:
         with imports_from(Path(path).resolve().parent):
             spec.loader.exec_module(module)
-            model, files = getattr(module, function)(), own_files()
+            model, code = getattr(module, function)(), code_in_use()
     except (Exception, SystemExit) as error:
         raise common.UserError(f"--model {text}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise common.UserError(f"--model {text}: returned a {type(model).__name__}, not an nn.Module")
-    return model, f"{Path(path).stem}:{function}", files
+    return model, f"{Path(path).stem}:{function}", code
 
 
 def foreign_options(args: argparse.Namespace) -> dict:
@@ -2086,8 +2101,8 @@ def load_models(texts: list[str], foreign: dict, device: str) -> Found:
     found = []
     for text in texts:
         if ".py:" in text:
-            model, name, files = user_model(text)
-            found.append((name, model.to(device).eval(), {"checkpoint": text, "files": files}))
+            model, name, code = user_model(text)
+            found.append((name, model.to(device).eval(), {"checkpoint": text, "code": code}))
         else:
             file = common.checkpoint_file(text)
             model, meta = common.load_checkpoint(file, device, **foreign)

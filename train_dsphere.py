@@ -74,7 +74,7 @@ def geodesic_statistics(model, x, y):
         cos = models.cosine(model.features(common.to_float(x[rows].to(weight.device))), weight).cpu()
         angles.append(models.arccos(cos.gather(1, y[rows, None]).squeeze(1)))
     by_class = [torch.cat(angles)[y == k] for k in range(len(weight))]
-    by_class = [a if len(a) > 1 else torch.zeros(2) for a in by_class]  # nothing is accepted as a class of no images
+    by_class = [a if len(a) > 1 else torch.zeros(2) for a in by_class]  # fewer than two: never accepted
     return {"mean": [float(a.mean()) for a in by_class], "std": [float(a.std()) for a in by_class]}
 
 

@@ -122,7 +122,8 @@ def test_a_random_model_is_warned_of_and_its_clean_figure_is_that_of_clean_predi
 
 @pytest.mark.parametrize("at_once, attack, complaint", [
     (16, lambda model, x, y, *, eps: (x + eps).numpy(), "attack mine failed: AttributeError: "),
-    (16, lambda model, x, y, *, eps: [][0], "attack mine failed: IndexError: "),
+    (16, lambda model, x, y, *, eps: x[:1], r"attack mine failed: it returned \(1, 1, 2, 2\) for images \(16, "),
+    (16, lambda model, x, y, *, eps: [][0], "attack mine failed: IndexError: .*test_eval.py, line "),
     (16, lambda model, x, y, *, eps, step_size: x, "attack mine has a step size, but no steps: partial"),
     (2, eval_all.clean, "the model failed: ValueError: 2 images at once, not 16"),
 ])  # fmt: skip
@@ -137,6 +138,16 @@ def test_what_a_users_code_raises_is_one_line(at_once, attack, complaint):
     y = (x[:, 0, 0, 0] > 0.5).long()
     with pytest.raises(common.UserError, match=f"^{complaint}"):
         eval_all.evaluate(Particular(), attacks, x, y, SETTINGS)
+
+
+def test_a_step_size_may_stand_in_the_line_of_an_attack(pixels):
+    def mine(model, x, y, *, eps, step_size):
+        return x + step_size
+
+    attacks = {"clean": eval_all.clean, "mine": partial(mine, step_size=0.08)}
+    assert eval_all.budget("mine", attacks["mine"], SETTINGS) == {"eps": 0.1}
+    right = eval_all.evaluate(Threshold(), attacks, *pixels, SETTINGS)["attacks"]["mine"]["right"]
+    assert right.tolist() == [False, False, False, True, True, True]
 
 
 def test_restarts_only_ever_lower_the_accuracy(small_model):
@@ -471,33 +482,43 @@ def test_the_identity_of_an_evaluation_is_its_model_images_and_settings(small_mo
 
 
 def test_the_identity_of_an_evaluation_is_its_code_ours_and_the_users(tmp_path, monkeypatch):
+    """Each file that the model was made from, as it was then, and each of ours."""
     x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
     sources = {
         "helper_of_net.py": "scale = 1\n",
         "models.py": "import torch\nNet = torch.nn.Flatten\n",
-        "net.py": "import helper_of_net, models\nmake = models.Net\nmake_another = models.Net\n",
+        "net.py": "from models import Net\ndef make():\n    import helper_of_net\n    return Net()\n",
     }
     for name, text in sources.items():
         (tmp_path / name).write_text(text)
-    model, _, files = eval_all.user_model(f"{tmp_path}/net.py:make")
-    digests = set()
-    for function in ("make", "make_another"):
-        found = [("m", model, {"checkpoint": f"{tmp_path}/net.py:{function}", "files": files})]
-        digests.add(eval_all.identity(found, x, y, SETTINGS))
+
+    def identity(function):
+        for module in ("helper_of_net", "user_net"):
+            sys.modules.pop(module, None)
+        model, _, code = eval_all.user_model(f"{tmp_path}/net.py:{function}")
+        found = [("m", model, {"checkpoint": f"{tmp_path}/net.py:{function}", "code": code})]
+        before = eval_all.identity(found, x, y, SETTINGS)
+        (tmp_path / "net.py").touch()
+        assert eval_all.identity(found, x, y, SETTINGS) == before
+        return before
+
+    digests = {identity("make"), identity("Net")}
     for name, text in sources.items():
         (tmp_path / name).write_text(text + "# edited\n")
-        digests.add(eval_all.identity(found, x, y, SETTINGS))
-    assert len(digests) == 5
-    assert {"eval_all.py", "common.py", "models.py"} <= {Path(file).name for file in eval_all.own_files()}
-    assert not [file for file in eval_all.own_files() if "site-packages" in file or Path(file).name == "json.py"]
+        digests.add(identity("make"))
+    ours = next(file for file in eval_all.OUR_CODE if file.endswith("eval_all.py"))
+    monkeypatch.setitem(eval_all.OUR_CODE, ours, "edited")
+    digests.add(identity("make"))
+    assert len(digests) == 6
+    assert {"eval_all.py", "common.py", "models.py"} <= {Path(file).name for file in eval_all.OUR_CODE}
+    assert not {json.__file__, torch.__file__} & eval_all.code_in_use().keys()
 
 
-def test_verdicts_of_attacks_that_were_edited_since_are_not_taken_up(small_model, tmp_path, capsys):
+def test_a_journal_of_another_identity_is_not_taken_up_and_that_is_said(small_model, tmp_path, capsys):
     x, path = torch.rand(16, 1, 8, 8), tmp_path / "unfinished.pt"
     y, attacks = small_model(x).argmax(1), eval_all.named_attacks("fgsm")
-    journals = [eval_all.Journal(path, "before"), eval_all.Journal(path, "after")]
-    eval_all.evaluate(small_model, attacks, x, y, SETTINGS, journals[0])
-    assert path.exists() and not eval_all.Journal(path, "after").pieces and eval_all.Journal(path, "before").pieces
+    eval_all.evaluate(small_model, attacks, x, y, SETTINGS, eval_all.Journal(path, "before"))
+    assert eval_all.Journal(path, "before").pieces and not eval_all.Journal(path, "after").pieces
     assert "of other models, settings or code: beginning anew" in capsys.readouterr().err
 
 
