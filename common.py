@@ -775,7 +775,10 @@ def lengths(delta: Tensor, norm: str) -> Tensor:
 
 def steepest(grad: Tensor, norm: str) -> Tensor:
     """The direction of length 1 in which a linear loss with this gradient rises most."""
-    return grad.sign() if norm == "linf" else grad / lengths(grad, norm).clamp(min=1e-12)
+    if norm == "linf":
+        return grad.sign()
+    grad = grad / lengths(grad, "linf").clamp(min=torch.finfo(grad.dtype).tiny)  # its squares may be below any float
+    return grad / lengths(grad, norm).clamp(min=1e-12)
 
 
 def project(x_adv: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:

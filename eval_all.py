@@ -92,9 +92,16 @@ def ce(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
+def trained_with(model: nn.Module, constant: str) -> float:
+    """The `scale` s or `margin` m of the model's training loss, which its logits do not hold: 1 and 0 where the model
+    does not give it as a number (a layer called scale, or one that is learned, has done its work in forward)."""
+    value = getattr(model, constant, None)
+    return value if isinstance(value, int | float) else {"scale": 1.0, "margin": 0.0}[constant]
+
+
 def training_ce(model: nn.Module, margin: float) -> Loss:
     """The cross-entropy of each image that the model was trained with (HE, Eq. 6), for a given margin."""
-    return partial(common.margin_ce, scale=getattr(model, "scale", 1.0), margin=margin, reduction="none")
+    return partial(common.margin_ce, scale=trained_with(model, "scale"), margin=margin, reduction="none")
 
 
 def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -155,7 +162,7 @@ def pgd_scaled(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tenso
 
 def adaptive_pgd(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """PGD on the training cross-entropy with its scale and margin (HE, Sec. 4.1, 'Adaptive attacks')."""
-    return pgd(model, x, y, loss=training_ce(model, getattr(model, "margin", 0.0)), **budget)
+    return pgd(model, x, y, loss=training_ce(model, trained_with(model, "margin")), **budget)
 
 
 def cw_inf(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
@@ -927,7 +934,7 @@ def find_attack(name: str) -> Attack:
     if not takes(attack, "step_size"):
         raise common.UserError(f"attack {name!r}: {plain} has no step size")
     try:
-        return partial(attack, step_size=common.number(float, 0, 1)(step_size))
+        return partial(attack, step_size=common.number(float, 0)(step_size))
     except argparse.ArgumentTypeError as error:
         raise common.UserError(f"attack {name!r}: {error}") from None
 
@@ -1031,12 +1038,17 @@ def digest(nets: list[nn.Module], *tensors: Tensor) -> "hashlib._Hash":
     return found
 
 
-def code_in_use() -> dict[str, str]:
-    """A digest of each file whose module is imported and no installed package's: ours, and a user's."""
+def is_own(module: ModuleType) -> bool:
+    """Whether it is read from a file of no installed package: ours, or a user's."""
+    file = str(getattr(module, "__file__", None))
     installed = (sysconfig.get_path("stdlib"), "site-packages", "dist-packages")
-    files = {str(getattr(module, "__file__", None)) for module in list(sys.modules.values())}
-    own = [file for file in files if os.path.isfile(file) and not any(place in file for place in installed)]
-    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in own}
+    return os.path.isfile(file) and not any(place in file for place in installed)
+
+
+def code_in_use() -> dict[str, str]:
+    """A digest of the file of each module that is imported and `is_own`."""
+    files = {module.__file__ for module in list(sys.modules.values()) if is_own(module)}
+    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
 
 
 OUR_CODE = code_in_use()  # as it runs: a file may be edited while the attacks are at work
@@ -1202,6 +1214,8 @@ def budget(name: str, attack: Attack, settings: dict) -> dict:
         chosen = attack.keywords.get("step_size", settings["step_size"])  # the name's own, or the flag's
         if chosen is None:
             chosen = default_step_size(papers, within["eps"], steps, within["norm"])
+        if within["norm"] == "linf" and chosen > 1:
+            raise common.UserError(f"attack {name}: a step size of {chosen:g} on images in [0, 1]; 8/255 is one")
         options["step_size"] = chosen
     return options
 
@@ -1264,6 +1278,20 @@ def run_attack(
     return outcome
 
 
+def settled_prediction(
+    model: nn.Module, images: Tensor | common.ImageFiles, device: torch.device, settings: dict, journal: Journal
+) -> Tensor:
+    """`predictions`, seeded and made once: every rank, and whoever goes on later, must attack the same images."""
+
+    def predict_all() -> dict:
+        torch.manual_seed(settings["seed"])
+        return {"prediction": predictions(model, images, settings["batch_size"], device).cpu()}
+
+    with blamed_on("the model failed"):
+        (piece,) = journal.gather({"prediction": predict_all})
+    return piece["prediction"].to(device)
+
+
 def evaluate(
     model: nn.Module, attacks: dict[str, Attack], x: Tensor, y: Tensor, settings: dict, journal: Journal | None = None
 ) -> dict:
@@ -1275,8 +1303,7 @@ def evaluate(
     """
     model.eval()
     journal = journal or Journal()
-    with blamed_on("the model failed"):
-        prediction = predictions(model, x, settings["batch_size"], y.device)
+    prediction = settled_prediction(model, x, y.device, settings, journal)
     outcomes = {}
     for name, attack in attacks.items():
         outcomes[name] = run_attack(model, name, attack, x, y, prediction == y, settings, journal)
@@ -1318,7 +1345,7 @@ def stands_on_more(more: Tensor, fewer: Tensor, compared: int = 1) -> bool:
 
 def rescaled_pgd(model: nn.Module, x: Tensor, y: Tensor, *, factor: float, **budget: float) -> Tensor:
     """PGD on CE(factor * s * model(x), y)."""
-    scale = factor * getattr(model, "scale", 1.0)
+    scale = factor * trained_with(model, "scale")
     return common.pgd(model, x, y, loss=lambda logits, y: ce(scale * logits, y), drop_fooled=True, **budget)
 
 
@@ -1338,7 +1365,7 @@ def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict, ranks: Ranks |
     rows = spread(len(y), AUDIT_IMAGES)
     x, y = floats(x, rows, y.device), y[rows]
     settings = settings | {"restarts": 1, "step_size": None}
-    clean_right = predictions(model, x, settings["batch_size"], y.device) == y
+    clean_right = settled_prediction(model, x, y.device, settings, Journal(ranks=ranks)) == y
     if not clean_right.any():
         return [{"check": "the model is right without an attack", "figures": "on no image", "passed": False}]
     eps, checks = settings["eps"], []
@@ -1361,7 +1388,7 @@ def audit(model: nn.Module, x: Tensor, y: Tensor, settings: dict, ranks: Ranks |
     again = torch.cat([predict_logits(model, part) for part in x.split(settings["batch_size"])])
     unlike = float((again - logits).abs().max() / logits.abs().max().clamp(min=1e-30))
     check("the same image gives the same logits", f"they differ by {unlike:.1e}, 1e-4 allowed", unlike < 1e-4)
-    classes, sure = logits.shape[1], float((getattr(model, "scale", 1.0) * logits).softmax(1).amax(1).mean())
+    classes, sure = logits.shape[1], float((trained_with(model, "scale") * logits).softmax(1).amax(1).mean())
     figures = f"mean largest probability {sure:.3f}, chance {1 / classes:.3f}"
     check("cross-entropy tells the classes apart", figures, sure > 1.05 / classes)
     grads = torch.cat([input_gradients(model, a, b) for a, b in zip(x.split(50), y.split(50), strict=True)])
@@ -1604,15 +1631,22 @@ def corruption_accuracy(model: nn.Module, sources: dict[str, Source], settings: 
     """`accuracy` {corruption: [% at severity 1 to 5]} and mCA, their mean (HE, Table 5), with its interval.
 
     settings: n (images of each, None: all), batch_size, seed, device. The interval comes from the spread, over the
-    images, of the share of corruptions that each stands: the cells are no independent samples.
+    images, of the share of corruptions that each stands: the cells are no independent samples. Raises UserError where
+    no corruption counts, or where they are not all of as many images.
     """
     model.eval()
-    right = {}
+    right, total = {}, None
+    if not sources.keys() - NOT_IN_MCA:
+        raise common.UserError(f"mCA leaves out {', '.join(sources)}, and there is no other corruption")
     for name, source in sources.items():
         right[name] = []
         for severity in range(1, 6):
             torch.manual_seed(settings["seed"])  # the same draws at every severity
-            right[name].append(right_on(model, *source(severity), settings))
+            images, y = source(severity)
+            total = total or len(y)
+            if len(y) != total:
+                raise common.UserError(f"{name}, severity {severity}: {len(y)} images, where the first has {total}")
+            right[name].append(right_on(model, images, y, settings))
     counted = [cell for name, cells in right.items() if name not in NOT_IN_MCA for cell in cells]
     share = 100 * torch.stack(counted).double().mean(0)
     mca, error = float(share.mean()), 1.96 * float(share.std(correction=0)) / math.sqrt(len(share))
@@ -1819,13 +1853,14 @@ def plot_robustness_curves(result: dict, path: Path) -> None:
 
 def gradient_norms(model: nn.Module, x: Tensor, y: Tensor) -> tuple[list[str], Tensor]:
     """||grad of the training loss||, for each image alone, by each weight of two or more axes: names, (B, layers)."""
-    loss = training_ce(model, getattr(model, "margin", 0.0))
+    loss = training_ce(model, trained_with(model, "margin"))
     weights = {name: p for name, p in model.named_parameters() if p.ndim > 1 and p.requires_grad}
     norms = []
     for image, label in zip(x.split(1), y.split(1), strict=True):  # a batch would hold a copy of all weights an image
-        grads = torch.autograd.grad(loss(model(image), label).sum(), list(weights.values()))
-        norms.append(torch.stack([grad.norm() for grad in grads]))
-    return [name.removesuffix(".weight") for name in weights], torch.stack(norms)
+        grads = torch.autograd.grad(loss(model(image), label).sum(), list(weights.values()), allow_unused=True)
+        used = {name: grad.norm() for name, grad in zip(weights, grads, strict=True) if grad is not None}
+        norms.append(torch.stack(list(used.values())))
+    return [name.removesuffix(".weight") for name in used], torch.stack(norms)
 
 
 def gradient_norm_ratio(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> dict:
@@ -1865,6 +1900,21 @@ def plot_gradient_norm_ratio(result: dict, path: Path) -> None:
 
 
 @torch.no_grad()
+def has_features(model: nn.Module, image: Tensor) -> bool:
+    """Whether model.features(x) gives a vector for an image (1, C, H, W); torchvision's VGG calls feature maps so."""
+    try:
+        return model.features(image).ndim == 2
+    except Exception:  # there is none, or it is something else
+        return False
+
+
+def class_weights(model: nn.Module) -> Tensor | None:
+    """The weights (K, d) of the last layer, MMC's centers, or None."""
+    fc = getattr(model, "fc", None)
+    return getattr(fc, "centers", getattr(fc, "weight", None))
+
+
+@torch.no_grad()
 def feature_map(model: models.Classifier, x: Tensor, x_adv: Tensor, y: Tensor, seed: int) -> dict:
     """Features z of clean and attacked images in the plane: by one t-SNE of both (ABCL, App. D), or z itself if d = 2.
 
@@ -1876,7 +1926,7 @@ def feature_map(model: models.Classifier, x: Tensor, x_adv: Tensor, y: Tensor, s
     z = torch.cat([model.features(part) for part in torch.cat([x, x_adv]).split(250)]).cpu().numpy()
     method = "z" if z.shape[1] == 2 else "t-SNE"
     if method == "t-SNE":
-        z = TSNE(perplexity=min(30, len(z) / 4), init="pca", random_state=seed).fit_transform(z)
+        z = TSNE(perplexity=min(30, len(z) / 4), init="pca", random_state=seed % 2**32).fit_transform(z)
     clean, attacked = (part.tolist() for part in np.split(z.astype(float).round(3), 2))
     right = predictions(model, x_adv, 250, y.device) == y
     places = {"clean": clean, "attacked": attacked, "method": method}
@@ -1910,7 +1960,7 @@ def plot_feature_map(result: dict, path: Path) -> None:
 def angles(model: models.Classifier, x: Tensor, y: Tensor) -> dict:
     """In degrees: the `smallest` and `largest` angle between two class weights, and the mean one `within` a class,
     between the feature of a clean image and the weight of its class (ABCL, App. B)."""
-    weight = model.fc.centers if hasattr(model.fc, "centers") else model.fc.weight
+    weight = class_weights(model)
     gram = models.cosine(weight, weight)
     between = torch.rad2deg(models.arccos(gram[~torch.eye(len(gram), dtype=torch.bool, device=gram.device)]))
     z = torch.cat([model.features(part) for part in in_batches(x, 250, y.device)])
@@ -2036,14 +2086,18 @@ def print_geodesic(results: dict) -> None:
 
 @contextmanager
 def imports_from(folder: Path) -> Iterator[None]:
-    """Imports look in `folder` first, and find its own models.py or common.py rather than ours."""
-    ours = {name: sys.modules.pop(name, None) for name in ("models", "common")}
-    sys.path.insert(0, str(folder))
+    """Imports look in `folder` first, and find its own models.py or utils.py, not ours and not another user's."""
+    here = {path.stem for path in folder.iterdir() if path.is_dir() or path.suffix == ".py"}
+    named_so = [name for name in sys.modules if name.partition(".")[0] in here and is_own(sys.modules[name])]
+    before, path, ours = {name: sys.modules.pop(name) for name in named_so}, sys.path.copy(), Path(__file__).resolve()
+    # Our models.py would win over a folder models without an __init__.py, wherever that stands.
+    sys.path[:] = [str(folder), *(place for place in path if Path(place).resolve() != ours.parent)]
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
-        sys.modules.update({name: module for name, module in ours.items() if module})
+        added = [place for place in sys.path if place not in (*path, str(folder))]  # by the file, for its imports
+        sys.path[:] = path + added
+        sys.modules.update(before)
 
 
 def user_model(text: str) -> tuple[nn.Module, str, dict[str, str]]:
@@ -2052,9 +2106,9 @@ def user_model(text: str) -> tuple[nn.Module, str, dict[str, str]]:
     if not Path(path).is_file() or not path.endswith(".py"):
         raise common.UserError(f"--model {text}: there is no Python file {path}")
     spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         with imports_from(Path(path).resolve().parent):
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             model, code = getattr(module, function)(), code_in_use()
     except (Exception, SystemExit) as error:
@@ -2155,8 +2209,8 @@ def check_fit(name: str, model: nn.Module, data: common.Data, device: str) -> No
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < classes:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise common.UserError(f"{name} must return logits (B, {classes}); for 2 images it returned {got}")
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise common.UserError(f"{name} returns logits in {logits.dtype}, whose ties hide errors; return float32")
+    if logits.dtype != torch.float32:  # half precision has ties that hide errors; attacks reckon in float32
+        raise common.UserError(f"{name} returns logits in {logits.dtype}; return float32")
 
 
 # ---------------------------------------------------------------------------------------------------------- reports
@@ -2377,6 +2431,7 @@ def plot_results(results: list[dict], path: Path) -> None:
 # column or without. Of several seeds the mean is given, and the interval from the lowest end of theirs to the highest.
 
 WORST, AUDIT, NOT_SHOWN = "worst case", "audit", "no difference shown"
+BALL, FLAGS = ("dataset", "norm", "eps"), ("step_size", "restarts")  # what an attack's name does not say of it
 TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar10_jpeg": "CIFAR-10 (JPEG copy)"}
 
 
@@ -2426,9 +2481,11 @@ class Evaluated:
                 raise ValueError("its verdicts are no bool for each of n images, in ascending order")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise common.UserError(f"{path}: not the evaluation of one model ({error})") from None
-        for fact in ("dataset", "norm", "eps", "weights"):
-            told = result.get(fact)  # the first evaluations of a benchmark said nothing of weights
-            if told is not None and told != self.facts.setdefault(fact, told):
+        for fact in (*BALL, *FLAGS, "weights"):
+            told = result.get(fact)
+            if fact == "weights" and told is None:  # as in the first evaluations of a benchmark
+                continue
+            if told != self.facts.setdefault(fact, told):
                 raise common.UserError(f"{path}: its {fact} is not that of the same model's other evaluations")
         rows, seconds = result["attacks"], sum(row.get("seconds", 0.0) for row in result["attacks"].values())
         analyses = self.facts["analyses"] | (result.get("analyses") or {})
@@ -2479,10 +2536,11 @@ def complete(seeds: Seeds, columns: list[str]) -> Seeds:
 
 
 def check_same_ball(models: Iterable[Evaluated]) -> None:
-    """What stands beside each other was attacked on one dataset in one ball: raises ValueError."""
-    balls = {tuple(model.facts.get(fact) for fact in ("dataset", "norm", "eps")) for model in models}
-    if len(balls) > 1:
-        raise ValueError(f"evaluations under {' and '.join(map(str, sorted(balls)))} are put side by side")
+    """What stands beside each other was attacked on one dataset, in one ball and with the same flags: raises
+    ValueError."""
+    ways = {", ".join(f"{fact} {model.facts.get(fact)}" for fact in (*BALL, *FLAGS)) for model in models}
+    if len(ways) > 1:
+        raise ValueError(f"evaluations with {' and with '.join(sorted(ways))} are put side by side")
 
 
 def over_seeds(seeds: Seeds, attack: str) -> dict | None:
@@ -2609,19 +2667,20 @@ def draw_dots(path: Path, about: str, rows: list[list[str]], found: Evaluations)
     plt = pyplot()
     columns = columns_of(about, WORST)
     labels, lines = zip(*known_rows(columns, rows, found), strict=True)
+    setting = lines[0][0]["setting"]
     figure, axis = plt.subplots(figsize=(7, 1.1 + 0.36 * len(lines)), layout="constrained")
     for i, (column, marker) in enumerate(zip(columns, itertools.cycle("osD^v"), strict=False)):
         own = [line[i] for line in lines]
         accuracy = np.array([row["accuracy"] for row in own])
         error = np.abs([[row["low"] for row in own], [row["high"] for row in own]] - accuracy)
         place = np.arange(len(lines)) + 0.6 * ((i + 0.5) / len(columns) - 0.5)  # intervals do not hide each other
-        n = " / ".join(f"{n:,}" for n in sorted({row["n"] for row in own}))
         style = {"fmt": marker, "markersize": 4, "linewidth": 1, "capsize": 2}
-        axis.errorbar(accuracy, place, xerr=error, label=f"{column}, n = {n}", **style)
+        elsewhere = f"; {own[0]['setting']}" * (own[0]["setting"] != setting)  # cw-l2 and fgsm-l2 have their own ball
+        axis.errorbar(accuracy, place, xerr=error, label=f"{column}, n = {sizes(own)}{elsewhere}", **style)
     least = min(row["low"] for line in lines for row in line)
     axis.set(yticks=range(len(lines)), yticklabels=labels, ylim=(len(lines) - 0.5, -0.5))
     axis.set_xlim(10 * (least // 10) - 1, 101)  # gaps of a point or two are to be seen
-    axis.set_xlabel(f"accuracy (%); {lines[0][0]['setting']}")
+    axis.set_xlabel(f"accuracy (%); {setting}")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=200)
@@ -2645,8 +2704,12 @@ def attack_and_axis(about: str) -> tuple[str, str]:
     return attack, axis_name
 
 
-def axis_label(attack: str, row: dict) -> str:
-    return f"accuracy under {attack} (%)\n{row['setting']}, n = {row['n']:,}"
+def sizes(rows: Iterable[dict]) -> str:
+    return " / ".join(f"{n:,}" for n in sorted({row["n"] for row in rows}))
+
+
+def axis_label(attack: str, rows: list[dict]) -> str:
+    return f"accuracy under {attack} (%)\n{rows[0]['setting']}, n = {sizes(rows)}"
 
 
 def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
@@ -2654,10 +2717,12 @@ def draw_lines(path: Path, about: str, rows: list[list[str]], found: Evaluations
     plt = pyplot()
     attack, axis_name = attack_and_axis(about)
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    drawn = []
     for (label, pattern, values), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
         figures, at = series(pattern, values, attack, found), [float(value) for value in values.split(",")]
         plot_band(axis, at, figures, f"{marker}-", label)
-    axis.set(xlabel=axis_name, ylabel=axis_label(attack, figures[0]), xticks=at)
+        drawn += figures
+    axis.set(xlabel=axis_name, ylabel=axis_label(attack, drawn), xticks=at)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=200)
@@ -2707,7 +2772,7 @@ def draw_grid(path: Path, about: str, rows: list[list[str]], found: Evaluations)
     axis.set_xticks(range(cells.shape[1]), rows[0][2].split(","))
     axis.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axis.set_xlabel(axis_name)
-    figure.colorbar(image, ax=axis, label=axis_label(attack, figures[0][0]))
+    figure.colorbar(image, ax=axis, label=axis_label(attack, [*itertools.chain(*figures)]))
     figure.savefig(path, dpi=200)
     plt.close(figure)
 
@@ -2904,7 +2969,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--n", type=number(int, 1), help="test images, a seeded choice (default: all)")
     flag("--norm", choices=NORMS, default="linf", help="of the ball (default: linf)")
     flag("--eps", type=number(float, 0), help="(default: the papers': mnist 0.3, cifar 0.031; L2: mnist 3, cifar 1)")
-    flag("--step-size", type=number(float, 0, 1), help="(default: the papers' where it crosses the ball in N steps)")
+    flag("--step-size", type=number(float, 0), help="(default: the papers' where it crosses the ball in N steps)")
     flag("--restarts", type=number(int, 1), default=1, help="of the attacks that start at random (default: 1)")
     flag("--batch-size", type=number(int, 1), default=250, help="(default: 250)")
     flag("--seed", type=number(int, 0, 2**63), default=0, help="(default: 0)")
@@ -2967,8 +3032,10 @@ def exact_float32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def refuse_what_cannot_be(args: argparse.Namespace, attacks: dict[str, Attack], found: Found, settings: dict) -> None:
-    """Raises UserError before the work rather than after it."""
+def refuse_what_cannot_be(
+    args: argparse.Namespace, attacks: dict[str, Attack], found: Found, image: Tensor, settings: dict
+) -> None:
+    """Raises UserError before the work rather than after it; `image` is (1, C, H, W)."""
     for name, attack in attacks.items():
         budget(name, attack, settings)
     if args.corruptions:
@@ -2978,11 +3045,12 @@ def refuse_what_cannot_be(args: argparse.Namespace, attacks: dict[str, Attack], 
     for name, model, meta in found:
         if args.geodesic and "geodesic" not in meta:
             raise common.UserError(f"--geodesic: {name} holds no angles; train_dsphere.py writes them")
-        if feature in map(function_of, attacks.values()) and not hasattr(model, "features"):
-            raise common.UserError(f"the feature attack needs a model with features(x), and {name} has none")
-        for analysis, part in (("features", "features"), ("angles", "features"), ("angles", "fc")):
-            if analysis in (args.analyze or ()) and not hasattr(model, part):
-                raise common.UserError(f"--analyze {analysis} needs a model with {part}, and {name} has none")
+        wanted = [f"--analyze {analysis}" for analysis in ("features", "angles") if analysis in (args.analyze or ())]
+        wanted += ["the feature attack"] * (feature in map(function_of, attacks.values()))
+        if wanted and not has_features(model, image):
+            raise common.UserError(f"{wanted[0]} needs a model with features(x) of (B, d), and {name} has none")
+        if "--analyze angles" in wanted and class_weights(model) is None:
+            raise common.UserError(f"--analyze angles needs a model with fc.weight, and {name} has none")
         if "gradients" in (args.analyze or ()) and not any(p.requires_grad for p in model.parameters()):
             raise common.UserError(f"--analyze gradients: all weights of {name} are frozen")
 
@@ -2993,12 +3061,14 @@ def look_closer(
     """What was asked for besides attacks: corruptions, geodesic inference, analyses."""
     found = {}
     if args.corruptions is not None:
-        found["corruptions"] = corruptions(args.corruptions, model, x, y, settings | {"n": args.n}, folder)
+        with blamed_on("--corruptions"):
+            found["corruptions"] = corruptions(args.corruptions, model, x, y, settings | {"n": args.n}, folder)
     if args.geodesic:
         found["geodesic"] = geodesic(model, meta, x, y, settings)
         print_geodesic(found["geodesic"])
     if args.analyze:
-        found["analyses"] = analyze(args.analyze, model, x, y, settings, folder)
+        with blamed_on("--analyze"):
+            found["analyses"] = analyze(args.analyze, model, x, y, settings, folder)
     return found
 
 
@@ -3026,15 +3096,15 @@ def main(argv: list[str] | None = None) -> None:
     found, sources = targets_and_sources(args)
     exact_float32()
     dataset, folder = find_test_set(args, found + sources)
-    methods = tuple(meta.get("method", "") for _, _, meta in found)
-    features = all(hasattr(model, "features") for _, model, _ in found)
-    attacks = named_attacks(args.attacks, methods, common.known_dataset(dataset), features, args.norm)
-    attacks |= transfer_attacks(sources)
     data = common.load_data(dataset, folder)
     for name, model, _ in found + sources:
         check_fit(name, model, data, args.device)
+    image = common.to_float(data.x_test[:1]).to(args.device)
+    methods = tuple(meta.get("method", "") for _, _, meta in found)
+    features = all(has_features(model, image) for _, model, _ in found)
+    attacks = named_attacks(args.attacks, methods, data.known, features, args.norm) | transfer_attacks(sources)
     settings = evaluation_settings(args, data, argv)
-    refuse_what_cannot_be(args, attacks, found, settings)
+    refuse_what_cannot_be(args, attacks, found, image, settings)
     # Files may be ordered class by class, so a subset is drawn at random, the same for every model and every seed.
     order = np.random.default_rng(common.SPLIT_SEED).permutation(len(data.y_test))
     index = torch.from_numpy(np.sort(order[: args.n]))
@@ -3056,7 +3126,8 @@ def main(argv: list[str] | None = None) -> None:
             write_verdicts(folder, index, y, outcome)
             write_results(folder, results[-1:])  # before what may yet fail
         if args.audit:
-            results[-1]["audit"] = audit(model, x, y, settings, ranks)
+            with blamed_on("the audit failed"):
+                results[-1]["audit"] = audit(model, x, y, settings, ranks)
         if first:
             results[-1] |= look_closer(args, model, meta, x, y, settings, folder)
             write_results(folder, results[-1:])

@@ -130,6 +130,8 @@ def test_mca_is_the_mean_over_corruptions_and_severities_without_the_extra_ones(
     assert result["accuracy"] == {"fog": [100, 100, 100, 0, 0], "gaussian blur": [0] * 5}
     assert (result["n"], result["mCA"]) == (6, pytest.approx(60))
     assert corruption_accuracy(ReadsGreen(), sources, SETTINGS | {"n": 4})["n"] == 4
+    with pytest.raises(common.UserError, match="mCA leaves out gaussian blur, and there is no other"):
+        corruption_accuracy(ReadsGreen(), {"gaussian blur": sources["gaussian blur"]}, SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +176,12 @@ def test_imagenet_c_has_the_sorted_wnids_as_classes(imagenet_c):
         x = x[torch.tensor([3, 0, 1, 2])].float().mean((2, 3))
         assert y.tolist() == [0, 0, 1, 1] and torch.allclose(x[:, 0], torch.tensor(40.0 * severity), atol=4)
         assert ((x[:, 1] > 60).long() == y[[3, 0, 1, 2]]).all()
+
+
+def test_corruptions_of_unlike_numbers_of_images_are_refused(imagenet_c):
+    (imagenet_c / "fog" / "3" / "n02" / "0.JPEG").unlink()
+    with pytest.raises(common.UserError, match="fog, severity 3: 3 images, where the first has 4"):
+        corruption_accuracy(ReadsGreen(), published_corruptions(imagenet_c, (3, 24, 24), 2), SETTINGS | {"n": 2})
 
 
 def test_a_bad_folder_of_imagenet_c_is_named_with_its_fault(imagenet_c, tmp_path):

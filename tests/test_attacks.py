@@ -114,6 +114,16 @@ def test_an_attack_that_drops_fooled_images_fools_no_fewer(small_model):
     assert 0 < fooled[0] <= fooled[1]
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-20, 1e-12, 1.0, 1e30])
+def test_a_step_has_its_length_however_small_the_gradient(size):
+    """Cross-entropy's is e^-60 where a network is that sure, and float32 still holds it, but not its square."""
+    direction = torch.tensor([3.0, 0, -4, 0]).view(1, 1, 2, 2)
+    torch.testing.assert_close(common.steepest(size * direction, "l2"), direction / 5)
+    torch.testing.assert_close(common.steepest(size * direction, "linf"), direction.sign())
+    for norm in ("l2", "linf"):
+        assert not common.steepest(0 * direction, norm).any()
+
+
 def test_a_random_start_is_uniform_in_the_ball():
     """In L2 the share of the volume within its radius, (r / eps)^d, is uniform; in Linf every pixel is."""
     torch.manual_seed(0)

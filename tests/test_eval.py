@@ -374,6 +374,59 @@ def test_a_users_model_may_view_its_images_and_have_its_own_models_package(cli, 
     assert sys.path == before and sys.modules["models"] is models and sys.modules["common"] is common
 
 
+def test_each_of_two_users_files_finds_its_own_modules(tmp_path):
+    for folder, fill in (("one", 1), ("two", 2)):
+        (tmp_path / folder / "models").mkdir(parents=True)
+        (tmp_path / folder / "models" / "net.py").write_text(f"from utils import fill\nwidth = {fill}\n")
+        (tmp_path / folder / "utils.py").write_text(f"fill = {fill}\n")
+        (tmp_path / folder / "mine.py").write_text(
+            "import torch, utils\n"
+            "from models.net import fill, width\n"
+            "def make():\n"
+            "    assert utils.fill == fill == width\n"
+            "    return torch.nn.Linear(width, fill)\n"
+        )
+    made = [eval_all.user_model(f"{tmp_path / folder / 'mine.py'}:make") for folder in ("one", "two", "one")]
+    assert [model.in_features for model, _, _ in made] == [1, 2, 1]
+    assert {str(tmp_path / "two" / file) for file in ("mine.py", "utils.py", "models/net.py")} <= made[1][2].keys()
+    assert sys.modules["models"] is models
+
+
+class Wavering(torch.nn.Module):
+    """Its logits hang on torch's generator."""
+
+    def forward(self, x):
+        return torch.randn(len(x), 10, device=x.device) + 0 * x.sum()
+
+
+def test_a_random_model_is_asked_once_which_images_are_attacked(tmp_path):
+    """What is attacked must be the same images to whoever goes on with an evaluation, and to every rank."""
+    x, y = torch.rand(60, 1, 4, 4), torch.arange(60) % 10
+    attacks, path = eval_all.named_attacks("noise"), tmp_path / "unfinished.pt"
+
+    def run(**options):
+        return eval_all.evaluate(Wavering(), attacks, x, y, SETTINGS, **options)["prediction"]
+
+    torch.manual_seed(1)
+    first = run(journal=eval_all.Journal(path, "it"))
+    torch.manual_seed(2)
+    assert torch.equal(run(), first)  # --seed alone decides
+    journal = eval_all.Journal(path, "it")
+    journal.pieces = {"prediction": {"prediction": y.clone()}}
+    assert torch.equal(run(journal=journal), y)
+
+
+def test_a_scale_that_is_no_number_is_the_models_own_affair():
+    model = torch.nn.Linear(2, 2)
+    assert (eval_all.trained_with(model, "scale"), eval_all.trained_with(model, "margin")) == (1.0, 0.0)
+    for own in (torch.nn.Parameter(torch.tensor(30.0)), torch.nn.Linear(2, 2)):
+        model.scale = own
+        assert eval_all.trained_with(model, "scale") == 1.0
+        del model.scale
+    model.scale, model.margin = 15, 0.2
+    assert (eval_all.trained_with(model, "scale"), eval_all.trained_with(model, "margin")) == (15, 0.2)
+
+
 @pytest.mark.parametrize("eps", [0.5, 3.0])
 def test_large_images_on_the_edge_of_an_l2_ball_are_inside_it(eps):
     torch.manual_seed(0)
@@ -406,6 +459,39 @@ def test_what_a_model_of_the_user_cannot_serve_is_left_out_or_refused_before_the
     ):
         code, _, err = cli("eval_all", *model, *flags)
         assert code == 2 and complaint in err.splitlines()[-1] and not (tmp_path / "out").exists(), err
+
+
+def test_feature_maps_are_no_features_and_logits_are_float32(cli, make_npz, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Vgg(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.features, self.fc = nn.Conv2d(1, 2, 3), nn.Sequential(nn.Flatten(), nn.Linear(72, 10))\n"
+        "        self.unused = nn.Linear(2, 2)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(self.features(x))\n"
+        "class Double(Vgg):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x).double()\n"
+        "class Vectors(Vgg):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.features = nn.Sequential(self.features, nn.Flatten())\n"
+    )
+    data = ["--dataset", make_npz(shape=(8, 8)), "--out", tmp_path / "out"]
+    for name, flags, complaint in (
+        ("Vgg", ["--attacks", "feature"], "needs a model with features(x) of (B, d)"),
+        ("Vgg", ["--analyze", "features"], "needs a model with features(x) of (B, d)"),
+        ("Vectors", ["--analyze", "angles"], "needs a model with fc.weight"),
+        ("Double", [], "Double returns logits in torch.float64; return float32"),
+    ):
+        code, _, err = cli("eval_all", "--model", f"{tmp_path / 'mine.py'}:{name}", *data, *flags)
+        assert code == 2 and complaint in err.splitlines()[-1] and not (tmp_path / "out").exists(), err
+    looks = ["--attacks", "fgsm", "--analyze", "gradients,features", "--seed", 2**40]  # a layer has no gradient
+    code, _, err = cli("eval_all", "--model", f"{tmp_path / 'mine.py'}:Vectors", *data, *looks)
+    assert code == 0 and (tmp_path / "out" / "features.png").exists(), err
 
 
 def one(model):
@@ -567,9 +653,13 @@ def test_a_name_may_set_its_step_size():
     assert eval_all.budget("pgd-40@0.01", attack, SETTINGS | {"step_size": None})["step_size"] == 0.01
     assert eval_all.budget("pgd-40@0.01", attack, SETTINGS | {"step_size": 0.3})["step_size"] == 0.01
     assert eval_all.find_attack("mta-7@2/255").keywords == {"steps": 7, "step_size": 2 / 255}
-    for wrong, complaint in (("pgd-40@x", "not a number"), ("pgd-40@2", "out of range"), ("square@1", "no step size")):
+    for wrong, complaint in (("pgd-40@x", "not a number"), ("pgd-40@-2", "out of range"), ("square@1", "no step size")):
         with pytest.raises(common.UserError, match=complaint):
             eval_all.find_attack(wrong)
+    wide = eval_all.find_attack("pgd-5@2")
+    assert eval_all.budget("pgd-5@2", wide, SETTINGS | {"norm": "l2", "eps": 3.0})["step_size"] == 2
+    with pytest.raises(common.UserError, match="attack pgd-5@2: a step size of 2 on images in"):
+        eval_all.budget("pgd-5@2", wide, SETTINGS)
 
 
 @pytest.mark.parametrize("method, known, some", [

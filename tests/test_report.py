@@ -300,6 +300,8 @@ def says(text):
     (two_curves, "n = 100 and of toy, Linf, n = 200 are put side by side"),
     (lambda path: write_evaluation(path / "toy/two-s0/l2", {"clean": first(9, 10)}, norm="l2"), "its norm is not that"),
     (lambda path: write_evaluation(path / "toy/two-s0/x", {"clean": first(9, 10)}, weights="ab"), "its weights is not"),
+    (lambda path: rewrite(path / "toy/two-s0", step_size=0.001), "restarts None and with dataset toy"),
+    (lambda path: write_evaluation(path / "toy/two-s0/x", {"clean": first(9, 10)}, restarts=5), "its restarts is not"),
     (lambda path: (path / "toy/two-s0/eval.json").write_text("{"), "not the evaluation of one model"),
     (lambda path: (path / "toy/two-s0/verdicts.npz").write_bytes(b"PK"), "not the evaluation of one model"),
     (lambda path: rewrite(path / "toy/two-s0", norm=None), "not the evaluation of one model"),
