@@ -130,7 +130,10 @@ def reference_pgd(
 
 def reference_model(arch: str, size: int, device: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = models.build_model(arch, 10, 3, image_size=size, mean=[0.5] * 3, std=[0.25] * 3)
+    try:
+        model = models.build_model(arch, 10, 3, image_size=size, mean=[0.5] * 3, std=[0.25] * 3)
+    except ValueError as error:
+        raise common.UserError(error) from None
     with mock.patch.object(torch, "channels_last", torch.contiguous_format):
         return model.to(device)
 
@@ -171,7 +174,8 @@ def run_script(args: argparse.Namespace, data: Path, method: str, flags: list[st
         argv = ["--dataset", data, "--arch", args.arch, "--batch-size", args.batch_size, "--epochs", 2, "--out", out]
         argv += ["--device", args.device, "--schedule", "constant", "--lr", "0.01", *own, *steps, *flags]
         quiet, training_alone = io.StringIO(), mock.patch.object(common.Run, "_held_out", lambda run: (0.0, 0.0))
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), training_alone:
+        stops_at_once = mock.patch.object(common.Run, "_listen", lambda run: None)  # there is nothing to go on with
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), training_alone, stops_at_once:
             importlib.import_module(script).main([str(word) for word in argv])
         return common.read_file(Path(out) / "last.pt")["history"][-1]
 
@@ -216,8 +220,9 @@ def peak_memory(device: str) -> float:
 
 
 def random_data(folder: Path, args: argparse.Namespace) -> tuple[Path, np.ndarray, np.ndarray]:
-    """An .npz of random images named as CIFAR-10, so that they are augmented; 100 more than needed are held out."""
-    rng, count = np.random.default_rng(0), STEPS * args.batch_size + 100
+    """An .npz of random images named as CIFAR-10, so that they are augmented; what will be held out comes on top."""
+    rng, count = np.random.default_rng(0), STEPS * args.batch_size
+    count += max(100, count // 48)
     x, y = rng.integers(0, 256, (count, args.size, args.size, 3), dtype=np.uint8), rng.integers(0, 10, count)
     path = folder / "cifar10_random.npz"
     np.savez(path, x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
@@ -408,6 +413,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     setting = vars(args) | {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     setting["hardware"] = common.hardware(args.device)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before the work
     results = {}
     for name in args.only:
         results[name] = SECTIONS[name](args)

@@ -672,7 +672,7 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     )
     flag("--out", help="where the run is written (default: runs/METHOD-DATASET-sSEED)")
     flag("--resume", action="store_true", help="go on from OUT/last.pt, if there is one")
-    flag("--limit", type=number(int, 1), metavar="N", help="train on N images only, for a quick try")
+    flag("--limit", type=number(int, 1), metavar="N", help="keep N training images, the held-out ones among them")
     flag("--workers", type=number(int, 0, 256), help="processes that read images from folders (default: one a core)")
     flag("--device", type=device_flag, default=default_device(), help="(default: %(default)s)")
     on_off = argparse.BooleanOptionalAction
@@ -706,6 +706,8 @@ def finish_args(args: argparse.Namespace, method: str) -> argparse.Namespace:
     parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % parts:
         raise UserError(f"--batch-size {args.batch_size} is no multiple of {parts}, the ranks times --accumulate")
+    if args.batch_size == parts:
+        raise UserError(f"--batch-size {args.batch_size} leaves one image to a part, and batch norm needs two")
     args.method = method
     args.out = args.out or f"runs/{method}-{Path(args.dataset).name.removesuffix('.npz')}-s{args.seed}"
     args.amp = computes_bf16(args.device) if args.amp is None else args.amp
@@ -1027,6 +1029,7 @@ class Run:
         self.rank, self.ranks = rank_and_count()
         self.trained_on = "clean" if natural else "robust"  # what the running accuracy is
         self.part = 0  # of the batch, with --accumulate
+        self.augment = data.known in ("cifar10", "cifar100", *STREAMED) and isinstance(data.x_train, Tensor)
         self.carry, self.begun = {}, None  # begun: the epoch in which the run was stopped
         self.signal, self.handlers = None, {}  # the signal that came, and what it would meet without this run
         if replays > 1 and args.accumulate > 1:
@@ -1086,6 +1089,7 @@ class Run:
         )
         print(
             f"{len(data.y_train)} training and {len(data.y_val)} held-out images{self._gaps()}; "
+            f"{'cropped and flipped; ' * (self.augment or isinstance(data.x_train, ImageFiles))}"
             f"Linf eps {args.eps:.4g}; bfloat16 {'on' if args.amp else 'off'}; "
             f"{f'{self.ranks} ranks; ' * (self.ranks > 1)}writing to {self.out}"
         )
@@ -1142,14 +1146,13 @@ class Run:
         return torch.device(self.args.device).type
 
     def _to_device(self) -> None:
-        """Small images live on the device as uint8; CIFAR's are padded once, and cropped and flipped batch by batch."""
+        """Small images live on the device as uint8; if cropped and flipped, batch by batch, they are padded once."""
         data, device = self.data, self.args.device
         self.y_train, self.y_val = data.y_train.to(device), data.y_val.to(device)
         self.x_train, self.x_val = data.x_train, data.x_val
         for images in (data.x_train, data.x_val):
             if isinstance(images, ImageFiles):
                 images.workers = self.args.workers
-        self.augment = bool(data.known and data.known.startswith("cifar"))
         if isinstance(data.x_train, Tensor):
             self.x_train = (F.pad(data.x_train, [4] * 4) if self.augment else data.x_train).to(device)
             self.x_val = data.x_val.to(device)
@@ -1225,6 +1228,7 @@ class Run:
         device = self.args.device
         begun = begun or {"batches": 0, "steps": 0, "seconds": 0.0, "lr": self.lr, "carry": {}}
         self.totals = begun.get("totals", torch.zeros(4)).to(device)
+        self.totals[:3] *= not self.rank  # what one rank has begun it alone takes over; they are summed in the end
         self.predicted = begun.get("predicted", torch.tensor([math.inf, -math.inf])).to(device)  # lowest, highest class
         self.carry = {key: value.to(device) for key, value in begun["carry"].items()}
         self.steps, self.lr, self.looked = begun["steps"], begun["lr"], time.monotonic()

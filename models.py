@@ -517,8 +517,8 @@ def build_model(
     scale (s) and margin (m) are those of the training loss: they change no logit here, and tell an attack what the
     model was trained with. fn and wn normalize features and weights under head he. activation is the last one before z,
     for small_cnn and the pre-activation networks. feature_dim projects z linearly to so many dimensions. center_norm is
-    the length of the centers of head mmc. correlation and manifold are D-SphereNet's g, for its networks and heads.
-    Raises ValueError with what is wrong.
+    the length of the centers of head mmc. correlation and manifold are D-SphereNet's g, for its networks and heads. All
+    convolutions are initialized here: load pretrained weights afterwards. Raises ValueError with what is wrong.
     """
     options = dict(locals())
     if correlation not in ("inner", *CORRELATIONS) or manifold not in ("sphere", "simplex"):

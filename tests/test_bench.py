@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,14 @@ def test_every_section_runs_and_is_written(cli, tmp_path, monkeypatch):
 
 def test_an_unknown_section_is_one_line(refused):
     assert "choose from training" in refused("bench", "--only", "everything")
+    for section in ("training", "attacks"):
+        assert "unknown arch 'foo'" in refused("bench", "--arch", "foo", "--only", section, "--batch-size", "2")
+
+
+@pytest.mark.parametrize("batch_size", [2, 64, 1300, 5000])
+def test_an_epoch_has_as_many_steps_as_are_timed(tmp_path, batch_size):
+    data, _, _ = bench.random_data(tmp_path, SimpleNamespace(batch_size=batch_size, size=8))
+    assert len(common.load_data(str(data), "data").y_train) // batch_size == bench.STEPS
 
 
 def test_the_references_attack_is_ours(small_model):

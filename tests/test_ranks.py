@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,9 +80,20 @@ def test_two_ranks_resume_where_they_stopped(tmp_path):
     assert "resumed after epoch 1 of 2" in told and farthest(whole, halves) == 0
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_rank_has_begun_is_counted_once(rank):
+    """The running loss, right predictions and images are summed over the ranks; the steps that went well are not."""
+    run = SimpleNamespace(args=SimpleNamespace(device="cpu"), rank=rank, lr=0.1)
+    begun = {"totals": torch.tensor([5.0, 3, 8, 2]), "batches": 2, "steps": 2, "seconds": 1.0, "lr": 0.1, "carry": {}}
+    assert common.Run._start_figures(run, begun) == 2
+    assert run.totals.tolist() == [[5, 3, 8, 2], [0, 0, 0, 2]][rank]
+
+
 def test_a_replayed_batch_and_an_uneven_one_are_refused(refused, monkeypatch):
     assert "--accumulate" in refused("train_free_he", "--limit", "164", "--accumulate", "2")
     assert "no multiple of 3" in refused("train_pgd_he", "--limit", "164", "--accumulate", "3")
+    told = refused("train_pgd_he", "--arch", "resnet18", "--batch-size", "2", "--accumulate", "2", "--limit", "164")
+    assert "leaves one image to a part" in told
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert "no multiple of 6" in refused("train_pgd_he", "--limit", "164")
 

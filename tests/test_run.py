@@ -316,9 +316,9 @@ def run_on(make_npz, tmp_path):
 
 @pytest.mark.parametrize("name, shape, augmented", [
     ("cifar10_toy", (32, 32, 3), True), ("cifar100_toy", (32, 32, 3), True), ("mnist_toy", (28, 28), False),
-    ("toy", (8, 8), False),
+    ("toy", (8, 8), False), ("tiny-imagenet_toy", (8, 8, 3), True),
 ])  # fmt: skip
-def test_an_epoch_visits_each_image_once_and_augments_cifar_alone(run_on, name, shape, augmented):
+def test_an_epoch_visits_each_image_once_and_augments_cifar_and_imagenet_alone(run_on, name, shape, augmented):
     run = run_on(name, shape)
     batches = list(run.batches())
     x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
