@@ -2088,7 +2088,7 @@ def print_geodesic(results: dict) -> None:
 def imports_from(folder: Path) -> Iterator[None]:
     """Imports look in `folder` first, and find its own models.py or utils.py, not ours and not another user's."""
     here = {path.stem for path in folder.iterdir() if path.is_dir() or path.suffix == ".py"}
-    named_so = [name for name in sys.modules if name.partition(".")[0] in here and is_own(sys.modules[name])]
+    named_so = [name for name in list(sys.modules) if name.partition(".")[0] in here and is_own(sys.modules[name])]
     before, path, ours = {name: sys.modules.pop(name) for name in named_so}, sys.path.copy(), Path(__file__).resolve()
     # Our models.py would win over a folder models without an __init__.py, wherever that stands.
     sys.path[:] = [str(folder), *(place for place in path if Path(place).resolve() != ours.parent)]
