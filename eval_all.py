@@ -3097,12 +3097,12 @@ def main(argv: list[str] | None = None) -> None:
     exact_float32()
     dataset, folder = find_test_set(args, found + sources)
     data = common.load_data(dataset, folder)
-    for name, model, _ in found + sources:
-        check_fit(name, model, data, args.device)
     image = common.to_float(data.x_test[:1]).to(args.device)
     methods = tuple(meta.get("method", "") for _, _, meta in found)
     features = all(has_features(model, image) for _, model, _ in found)
     attacks = named_attacks(args.attacks, methods, data.known, features, args.norm) | transfer_attacks(sources)
+    for name, model, _ in found + sources:
+        check_fit(name, model, data, args.device)
     settings = evaluation_settings(args, data, argv)
     refuse_what_cannot_be(args, attacks, found, image, settings)
     # Files may be ordered class by class, so a subset is drawn at random, the same for every model and every seed.
