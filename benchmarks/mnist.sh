@@ -52,20 +52,20 @@ free-he               he             train_free_he.py --limit 20000
 free-mhe              he             train_free_he.py --head mhe --limit 20000
 cnn-fgsm              sphere+float32 train_dsphere.py --correlation inner --train fgsm $robust
 dsphere-fgsm          sphere+float32 train_dsphere.py --train fgsm $robust
-dsphere-wm-fgsm       sphere+float32 train_dsphere.py --loss wm --train fgsm $robust
-dsphere-wm-quad-fgsm  sphere+float32 train_dsphere.py --loss wm --correlation quadratic --train fgsm $robust
-dsphere-anneal-fgsm   sphere+float32 train_dsphere.py --loss annealing --train fgsm $robust
-dsphere-wm-trunc-fgsm sphere+float32 train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
+dsphere-wm-fgsm       few+float32    train_dsphere.py --loss wm --train fgsm $robust
+dsphere-wm-quad-fgsm  few+float32    train_dsphere.py --loss wm --correlation quadratic --train fgsm $robust
+dsphere-anneal-fgsm   few+float32    train_dsphere.py --loss annealing --train fgsm $robust
+dsphere-wm-trunc-fgsm few+float32    train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
 cnn-pgd               sphere         train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
 dsphere-pgd           sphere         train_dsphere.py --train pgd --schedule cosine $robust
-dsphere-wm-pgd        sphere         train_dsphere.py --loss wm --train pgd --schedule cosine $robust
-dsphere-wm-quad-pgd   sphere         train_dsphere.py --loss wm --correlation quadratic --train pgd --schedule cosine $robust
-dsphere-anneal-pgd    sphere         train_dsphere.py --loss annealing --train pgd --schedule cosine $robust
-dsphere-wm-trunc-pgd  sphere         train_dsphere.py --loss wm --correlation truncated --train pgd --schedule cosine $robust
+dsphere-wm-pgd        few            train_dsphere.py --loss wm --train pgd --schedule cosine $robust
+dsphere-wm-quad-pgd   few            train_dsphere.py --loss wm --correlation quadratic --train pgd --schedule cosine $robust
+dsphere-anneal-pgd    few            train_dsphere.py --loss annealing --train pgd --schedule cosine $robust
+dsphere-wm-trunc-pgd  few            train_dsphere.py --loss wm --correlation truncated --train pgd --schedule cosine $robust
 "
 
 evaluations() { # row, kind
-    local fast=fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf
+    local fast=fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf images="--n 1000 --batch-size 100"
     [[ $2 == he* ]] || fast+=,pgd-100@0.01 # half of the time, and no column of HE's table
     # An adversarially trained model may be attacked in bfloat16; elsewhere gradients vanish, and there the more so.
     case $2 in
@@ -74,10 +74,11 @@ evaluations() { # row, kind
         evaluate "$1" "$1/strong" --amp --n 1000 --attacks autoattack
         evaluate "$1" "$1/audit" --amp --attacks clean --audit
         ;;
-    sphere*) # its networks take four times as long as small_cnn
+    sphere* | few*) # their networks take four times as long as small_cnn; small batches stay in the caches
         evaluate "$1" "$1/fast" --amp --attacks fgsm
         evaluate "$1" "$1/pgd" --amp --n 2000 --attacks pgd-100@0.01
-        evaluate "$1" "$1/strong" --amp --n 200 --attacks autoattack
+        [[ $2 == sphere* ]] || images="--n 200"
+        evaluate "$1" "$1/strong" --amp $images --attacks autoattack
         evaluate "$1" "$1/audit" --amp --attacks clean --audit
         ;;
     speed) evaluate "$1" "$1/fast" --amp --attacks pgd-20,cw-inf ;;
@@ -95,7 +96,7 @@ evaluations() { # row, kind
         evaluate "$1" "$1/table4-slow" --n 100 --attacks mta-200@0.01,cw-l2
         ;;
     at+float32) results=$results-float32 evaluate "$1" "$1/float32" --attacks $fast ;; # what bfloat16 would have missed
-    sphere+float32) results=$results-float32 evaluate "$1" "$1/float32" --n 500 --attacks pgd-100@0.01 ;;
+    sphere+float32 | few+float32) results=$results-float32 evaluate "$1" "$1/float32" --n 500 --attacks pgd-100@0.01 ;;
     abcl) evaluate "$1" "$1/appendix" --attacks bim-20,fgsm-l2 ;;
     esac
     case $1 in # one network a method
