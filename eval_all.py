@@ -1158,21 +1158,24 @@ class Journal:
 
 @contextmanager
 def crafting(model: nn.Module, attack: Attack, amp: bool) -> Iterator[list[int]]:
-    """Frozen parameters, bfloat16 where it is wanted and the attack bears it; gives the passes counted meanwhile."""
-    passes = [0]
+    """Frozen parameters, bfloat16 where it is wanted and the attack bears it; gives the passes counted meanwhile. What
+    `common.fooled` confirms in float32 is not the attack's to pay for."""
+    passes, ours = [0], isinstance(model, models.Classifier)
+    in_bfloat16 = ours and amp and function_of(attack) in IN_BFLOAT16
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        passes[0] += len(inputs[0])
+        if not in_bfloat16 or module.amp:
+            passes[0] += len(inputs[0])
 
-    hook, in_bfloat16 = model.register_forward_hook(count), isinstance(model, models.Classifier)
-    if in_bfloat16:
-        model.amp = amp and function_of(attack) in IN_BFLOAT16
+    hook = model.register_forward_hook(count)
+    if ours:
+        model.amp = in_bfloat16
     try:
         with common.attack_mode(model):
             yield passes
     finally:
         hook.remove()
-        if in_bfloat16:
+        if ours:
             model.amp = False
 
 

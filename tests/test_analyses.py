@@ -130,8 +130,24 @@ def test_mca_is_the_mean_over_corruptions_and_severities_without_the_extra_ones(
     assert result["accuracy"] == {"fog": [100, 100, 100, 0, 0], "gaussian blur": [0] * 5}
     assert (result["n"], result["mCA"]) == (6, pytest.approx(60))
     assert corruption_accuracy(ReadsGreen(), sources, SETTINGS | {"n": 4})["n"] == 4
-    with pytest.raises(common.UserError, match="mCA leaves out gaussian blur, and there is no other"):
-        corruption_accuracy(ReadsGreen(), {"gaussian blur": sources["gaussian blur"]}, SETTINGS)
+    for extra in ("gaussian blur", "saturate", "spatter", "speckle noise"):
+        with pytest.raises(common.UserError, match=f"mCA leaves out {extra}, and there is no other"):
+            corruption_accuracy(ReadsGreen(), {extra: sources["gaussian blur"]}, SETTINGS)
+
+
+def test_the_interval_of_mca_comes_from_the_images():
+    """Of two corruptions four images stand both, both, none and one."""
+    y = torch.zeros(4, dtype=torch.long)
+
+    def images(*red):
+        return lambda severity: (torch.tensor(red, dtype=torch.uint8).view(4, 1, 1, 1) * torch.ones(1, 3, 1, 1), y)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
+    model[1].weight.data, model[1].bias.data = torch.tensor([[0.0, 0, 0], [1, 0, 0]]), torch.tensor([0.5, 0.0])
+    sources = {"fog": images(0, 0, 255, 0), "snow": images(0, 0, 255, 255)}
+    result = corruption_accuracy(model, sources, SETTINGS)
+    reach = 1.96 * np.std([100, 100, 0, 50]) / math.sqrt(4)
+    assert (result["mCA"], result["low"], result["high"]) == pytest.approx((62.5, 62.5 - reach, 62.5 + reach))
 
 
 @pytest.mark.parametrize(
@@ -339,6 +355,66 @@ def test_curves_of_a_linear_model_are_its_margins(linear_model, tmp_path):
         assert right == [4, 3, 3, 3, 3, 2, 2, 1]
     plot_robustness_curves(result, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_the_curves_take_their_steps_and_add_up_their_restarts(linear_model, monkeypatch):
+    """With an attack that fools one image more each time."""
+    calls = []
+
+    def fools_one(model, name, attack, x, y, alive, settings, journal):
+        calls.append((name, eval_all.steps_of(attack), settings["seed"]))
+        return {"right": alive.index_fill(0, alive.nonzero()[0], False)}
+
+    monkeypatch.setattr(eval_all, "run_attack", fools_one)
+    monkeypatch.setattr(eval_all, "CURVE_RESTARTS", (1, 2, 3))
+    model = linear_model(torch.tensor([[1.0], [-1.0]]))
+    settings = SETTINGS | {"known": "digits", "norm": "linf", "eps": 0.1, "seed": 7}
+    result = robustness_curves(model, torch.rand(4, 1, 1, 1), torch.zeros(4, dtype=torch.long), settings)
+    for name, right in result["axes"]["restarts"]["right"].items():
+        mine = [(steps, seed) for attack, steps, seed in calls if attack == name]
+        rest = [(steps, 7) for steps in eval_all.CURVE_STEPS] + [(20, 7), (20, 8), (20, 9)]
+        assert mine[-len(rest) :] == rest and set(mine[: -len(rest)]) == {(20, 7)}  # before them, those by eps
+        assert right == [3, 2, 1]
+
+
+def mean_ce(model, x, y, scale=1.0):
+    return nn.functional.cross_entropy(scale * model(x), y)
+
+
+def test_geodesic_inference_is_of_the_images_and_of_what_pgd_made_of_them(sphere, monkeypatch):
+    (model, x, y), seen = sphere, []
+    monkeypatch.setattr(eval_all, "geodesic_thresholds", lambda *_: torch.full((10,), 1.5))
+    monkeypatch.setattr(eval_all, "geodesic_inference", lambda *told: seen.append(told[1:4]))
+    eval_all.geodesic(model, {"geodesic": None}, x, y, SETTINGS | {"eps": 0.1})
+    assert len(seen) == 2
+    for clean, attacked, labels in seen:
+        assert torch.equal(clean, x) and torch.equal(labels, y) and 0.09 < (attacked - x).abs().max() <= 0.1 + 1e-6
+    assert mean_ce(model, seen[0][1], y) > mean_ce(model, x, y) + 0.01  # an untrained network; PGD goes upwards
+
+
+def test_analyses_are_of_the_images_and_of_what_pgd_made_of_them(small_model, monkeypatch, tmp_path):
+    x, seen = torch.rand(12, 1, 8, 8), []
+    y = small_model(x).argmax(1)
+    for draw in ("plot_gradient_norm_ratio", "plot_feature_map"):
+        monkeypatch.setattr(eval_all, draw, lambda *_: None)
+    monkeypatch.setattr(eval_all, "gradient_norm_ratio", lambda *told: seen.append(told[1:4]))
+    monkeypatch.setattr(eval_all, "feature_map", lambda *told: seen.append(told[1:4]))
+    monkeypatch.setattr(eval_all, "plot_examples", lambda *told: seen.append(told[1:4]) or {"row": torch.arange(2)})
+    settings = SETTINGS | {"eps": 0.1, "norm": "linf", "batch_size": 5}
+    eval_all.analyze(["gradients", "features", "examples"], small_model, x, y, settings, tmp_path)
+    assert len(seen) == 3
+    for clean, attacked, labels in seen:
+        assert torch.equal(clean, x) and torch.equal(labels, y) and 0.09 < (attacked - x).abs().max() <= 0.1 + 1e-6
+        assert mean_ce(small_model, attacked, y, 15) > 2 * mean_ce(small_model, x, y, 15)
+
+
+def test_gradient_norms_are_of_the_training_loss_with_its_margin(small_model):
+    x, y = torch.rand(3, 1, 8, 8), torch.tensor([0, 4, 9])
+    layers, norms = eval_all.gradient_norms(small_model, x, y)
+    for image, label, own in zip(x.split(1), y.split(1), norms, strict=True):
+        loss = common.margin_ce(small_model(image), label, 15.0, 0.2)
+        (grad,) = torch.autograd.grad(loss, small_model.fc.weight)
+        assert own[layers.index("fc")].item() == pytest.approx(grad.norm().item(), rel=1e-4)
 
 
 def test_every_analysis_draws_its_plot(small_model, tmp_path):

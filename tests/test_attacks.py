@@ -1,5 +1,7 @@
 """PGD and the table of attacks: closed forms on linear models, the ball, the range, and what an attack leaves alone."""
 
+import inspect
+import re
 import sys
 import types
 from functools import partial
@@ -168,6 +170,71 @@ def test_the_scale_of_an_he_model_reaches_the_attacks_that_promise_it(small_mode
     torch.testing.assert_close(seen, expected)
 
 
+def test_a_transferred_attack_is_on_the_loss_that_its_source_was_trained_with(small_model):
+    seen = []
+    attack = eval_all.transferred(
+        None, None, None, source=small_model, attack=lambda model, x, y, *, loss: seen.append((model, loss))
+    )
+    logits, y = torch.linspace(-1, 1, 10).repeat(4, 1), torch.arange(4)
+    ((model, loss),) = seen
+    assert attack is None and model is small_model
+    torch.testing.assert_close(loss(logits, y), F.cross_entropy(15 * logits, y, reduction="none"))
+
+
+def test_bim_and_mim_start_at_the_image_and_mim_has_momentum_1(small_model, monkeypatch):
+    x, y, seen = torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), {}
+    for name, budget in (("fgsm", {}), ("bim-20", {"step_size": 0.01}), ("mim-20", {"step_size": 0.01})):
+        monkeypatch.setattr(common, "pgd", lambda *_, name=name, **settings: seen.update({name: settings}))
+        eval_all.find_attack(name)(small_model, x, y, eps=0.1, **budget)
+    assert all(settings["start"] is x for settings in seen.values())
+    assert [settings.get("momentum", 0) for settings in seen.values()] == [0, 0, 1]
+
+
+def defaults(attack):
+    return {name: p.default for name, p in inspect.signature(attack).parameters.items() if p.default is not p.empty}
+
+
+def test_autoattack_is_its_four_attacks_with_the_published_budgets(small_model, monkeypatch):
+    """Croce & Hein 2020: each on what still stands, here two of the images that the one before it saw."""
+    budgets = {
+        "apgd": {"steps": 100, "loss": eval_all.ce, "target": None},
+        "apgd_targeted": {"steps": 100, "targets": 9},
+        "fab_targeted": {"steps": 100, "targets": 9},
+        "square": {"queries": 5000},
+    }
+    x, met = torch.rand(8, 1, 8, 8), []
+    for name, budget in budgets.items():
+        assert defaults(getattr(eval_all, name)) == budget | {"norm": "linf"}
+
+        def beats_two(model, x, y, *, eps, norm, name=name):
+            met.append((name, eps, norm, len(x)))
+            return torch.where(torch.arange(len(x))[:, None, None, None] < 2, 1 - x, x)
+
+        monkeypatch.setattr(eval_all, name, beats_two)
+    monkeypatch.setattr(eval_all, "predict_logits", lambda model, x: x)
+    monkeypatch.setattr(common, "fooled", lambda model, x, logits, y: (x != images[y]).flatten(1).any(1))
+    images = x
+    x_adv = eval_all.autoattack(small_model, x, torch.arange(8), eps=99.0, norm="l2")
+    assert met == [(name, 99.0, "l2", left) for name, left in zip(budgets, (8, 6, 4, 2), strict=True)]
+    assert torch.equal(x_adv, 1 - x)
+
+
+def test_the_number_in_an_attacks_name_is_its_steps():
+    numbers = {name: re.search(r"-(\d+)(?=-|$)", name) for name in eval_all.ATTACKS}
+    expected = {name: int(number[1]) for name, number in numbers.items() if number}
+    expected |= {"cw-inf": 20, "feature": 50, "apgd-ce": 100, "apgd-t": 100, "fab-t": 100, "deepfool": 50}
+    expected |= {"cw-l2": 1000}
+    assert {name: eval_all.steps_of(eval_all.ATTACKS[name]) for name in expected} == expected
+
+
+def test_the_other_budgets_are_those_of_the_readme():
+    assert defaults(eval_all.estimated_bim).items() >= {"q": 128, "sigma": 0.001}.items()
+    assert defaults(eval_all.rays) == {"queries": 10_000} and defaults(eval_all.feature)["images"] == 100
+    assert defaults(eval_all.zoo).items() >= {"queries": 20_000, "sigma": 1e-4}.items()
+    assert defaults(eval_all.deepfool).items() >= {"overshoot": 0.02, "candidates": 10}.items()
+    assert defaults(eval_all.cw_l2).items() >= {"lr": 0.01, "searches": 9}.items()
+
+
 def test_cw_margin_is_positive_exactly_where_the_image_is_misclassified():
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]])
     assert eval_all.cw_margin(logits, torch.tensor([0, 2])).tolist() == [-1.0, 1.0]
@@ -198,6 +265,18 @@ def test_an_image_is_dropped_only_when_fooled_by_more_than_rounding(linear_model
     assert model(x).argmax(1) != y
     x_adv = common.pgd(model, x, y, loss=eval_all.ce, eps=0.2, step_size=0.1, steps=3, start=x, drop_fooled=True)
     assert x_adv.flatten()[1].item() == pytest.approx(0.7)  # pushed on, though wrong by 5e-7 from the start
+
+
+def test_what_bfloat16_alone_takes_for_misclassified_still_stands():
+    class Rough(torch.nn.Module):
+        amp = True
+
+        def forward(self, x):
+            return F.one_hot(torch.full((len(x),), int(self.amp)), 2).float()
+
+    model, x, y = Rough(), torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.long)
+    assert not common.fooled(model, x, model(x), y).any() and model.amp
+    assert common.fooled(model, x, model(x), 1 - y).tolist() == [False] * 3  # right in bfloat16: not asked further
 
 
 def test_an_offset_of_all_logits_does_not_hide_what_is_fooled():

@@ -111,6 +111,13 @@ def test_a_planted_fake_fails(natural, fake, eps, telling):
     assert telling <= found.keys(), found
 
 
+def test_in_the_l2_ball_too_nothing_stands_without_a_bound(natural):
+    """Which is half the diagonal of all images there are."""
+    assert (
+        not {"nothing stands without a bound", "accuracy falls with eps"} & failed(*natural, norm="l2", eps=0.5).keys()
+    )
+
+
 def test_a_model_that_is_never_right_fails(natural):
     model, x, _ = natural
     found = failed(model, x, (model(x).argmax(1) + 1) % 10)
@@ -128,3 +135,5 @@ def test_chance_is_mcnemars_exact_test():
     assert eval_all.chance(first, second) == pytest.approx(11 / 1024)  # nine or ten heads of ten
     assert eval_all.chance(second, first) == pytest.approx(1023 / 1024)
     assert eval_all.chance(first, first) == 1.0
+    all_eight, none = torch.ones(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)  # 1 / 256
+    assert eval_all.stands_on_more(all_eight, none) and not eval_all.stands_on_more(all_eight, none, compared=4)

@@ -23,7 +23,9 @@ def test_every_section_runs_and_is_written(cli, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "b.json").read_text())
     assert set(bench.SECTIONS) <= set(results) and all(name in out for name in bench.SECTIONS)
     rows = {row["what"]: row for row in results["training"]}
-    assert rows["PGD-AT"]["x PGD-AT"] == 1 and rows["reference"]["x reference"] == 1
+    for base in ("PGD-AT", "reference"):
+        ratio = rows["PGD-AT+HE"]["img/s"] / rows[base]["img/s"]
+        assert rows["PGD-AT+HE"][f"x {base}"] == pytest.approx(ratio, rel=0.02)  # of one round
     assert rows["PGD-AT"]["GFLOP/img"] > 5 * rows["WeightPen"]["GFLOP/img"] > 0
     assert all(math.isfinite(row["img/s"]) and row["img/s"] > 0 for row in rows.values())
     pgd = next(row for row in results["attacks"] if row["what"] == "pgd-20")

@@ -9,6 +9,7 @@ from conftest import Linear
 
 import common
 import eval_all
+import models
 from eval_all import cw_margin, directional_slopes, estimate_gradient, nes, random_sign, rays, spsa, square, zoo
 
 LINF = {  # an attack, its queries an image, and options that keep the tests short
@@ -223,7 +224,9 @@ def test_rays_asks_once_about_a_flip_that_does_not_help():
 
 
 @pytest.mark.parametrize(
-    "name, expected", [("spsa-2", {False}), ("nes-2", {False}), ("zoo", {False}), ("pgd-2", {True, False})]
+    "name, expected",
+    [(name, {False}) for name in ("spsa-2", "nes-2", "zoo", "fab-t-2", "deepfool-2", "cw-l2-2")]
+    + [("pgd-2", {True, False})],
 )
 def test_differences_are_not_taken_in_bfloat16(small_model, name, expected):
     x, seen = torch.rand(4, 1, 8, 8), set()
@@ -233,3 +236,18 @@ def test_differences_are_not_taken_in_bfloat16(small_model, name, expected):
     attack = partial(eval_all.find_attack(name), **({"queries": 300} if name == "zoo" else {}))
     outcome = eval_all.attack_batch(name, attack, small_model, x, y, torch.arange(len(y)), settings, seed=0)
     assert seen == expected and not small_model.amp and outcome["passes"] > 0
+
+
+def test_what_is_confirmed_in_float32_is_no_query(small_model, monkeypatch):
+    """In bfloat16 a network here misclassifies everything, in float32 nothing."""
+    x, y, asked = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long), {True: 0, False: 0}
+
+    def forward(model, x):
+        asked[model.amp] += len(x)
+        return torch.eye(10)[int(model.amp)].repeat(len(x), 1)
+
+    monkeypatch.setattr(models.Classifier, "forward", forward)
+    settings = dict(known="digits", norm="linf", eps=0.02, step_size=0.01, restarts=1, batch_size=4, amp=True)
+    attack = partial(square, queries=30)
+    outcome = eval_all.attack_batch("square", attack, small_model, x, y, torch.arange(len(y)), settings, seed=0)
+    assert outcome["passes"] == asked[True] == asked[False] - 4 <= 4 * 30  # the verdict is in float32 too

@@ -85,6 +85,19 @@ def test_crop_and_flip_is_one_of_the_162_views_of_each_image():
     assert len(seen) > 50 and {flip for _, _, flip in seen} == {False, True}
 
 
+def test_a_crop_reaches_every_place():
+    torch.manual_seed(0)
+    one = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    crops = common.crop_and_flip(one, torch.zeros(4000, dtype=torch.long), 8)
+    corners = {int(crop.min()) for crop in crops}  # the left upper one, or after a flip the right upper one
+    assert corners == {16 * top + left for top in range(9) for left in range(9)}
+
+
+def test_pixels_are_shares_of_255():
+    pixels = common.to_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    assert pixels.dtype == torch.float32 and pixels.tolist() == pytest.approx([0, 0.2, 1], rel=1e-7)
+
+
 def test_torchvisions_own_files_are_read_through_the_tolerant_import(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)

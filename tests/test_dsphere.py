@@ -114,6 +114,8 @@ def test_the_networks_have_the_published_layers():
         256
     ] * 3 and cifar.hidden.out_features == 512
     assert not any(isinstance(m, models.SphereConv2d | models.SphereLinear) for m in cifar.modules())
+    x = torch.rand(2, 1, 28, 28)
+    assert mnist.features(x).min() == 0 and mnist.conv[:2](x).min() == 0  # after their ReLU
 
 
 def test_a_head_and_a_correlation_that_do_not_go_together_are_refused():
@@ -146,6 +148,19 @@ def test_annealing_is_eq_8_and_its_weight_falls_to_a_floor():
     for iteration, weight in ((0, 10.0), (100, 5.0), (10**6, 0.1)):
         expected = (F.cross_entropy(g, y) + weight * F.cross_entropy(logits, y)) / (1 + weight)
         assert train_dsphere.annealed_ce(logits, z, y, iteration).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_annealing_goes_by_the_iterations_of_the_run(cli, tmp_path, monkeypatch):
+    seen, original = [], train_dsphere.annealed_ce
+
+    def record(logits, z, y, iteration):
+        seen.append(iteration)
+        return original(logits, z, y, iteration)
+
+    monkeypatch.setattr(train_dsphere, "annealed_ce", record)
+    few = ["--limit", "164", "--batch-size", "32", "--steps", "1", "--epochs", "2", "--out", tmp_path / "run"]
+    assert cli("train_dsphere", "--loss", "annealing", *few)[0] == 0
+    assert seen == [0, 1, 2, 3]
 
 
 def test_orthogonality_is_its_formula_and_zero_on_orthogonal_kernels():

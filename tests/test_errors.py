@@ -14,6 +14,10 @@ import common
 import eval_all
 import models
 import train_angular_at
+import train_fast_he
+import train_free_he
+import train_mart
+import train_mmc
 import train_pgd_he
 import train_trades_he
 
@@ -273,7 +277,18 @@ def test_the_papers_defaults():
     angular = shared | dict(arch="wrn-34-10", lr=0.1, weight_decay=5e-4, eps=0.031, step_size=0.007, margin=0.0)
     angular |= dict(alpha=0.55, beta=0.48)
     cifar100 = angular | dict(arch="resnet18", lr=0.01, weight_decay=3.5e-3)
+    fast = dict(arch="preactresnet18", epochs=30, lr=0.2, weight_decay=5e-4, eps=8 / 255, step_size=10 / 255)
+    free = dict(arch="preactresnet18", epochs=10, lr=0.04, weight_decay=5e-4, eps=8 / 255, replays=8, scale=15.0)
+    imagenet = dict(arch="resnet50", epochs=23, lr=0.1, batch_size=256, eps=4 / 255, step_size=1 / 255, replays=4)
+    mart = shared | dict(epochs=90, arch="wrn-34-10", weight_decay=7e-4, eps=0.031, step_size=0.007, beta=6.0)
+    del mart["scale"]
     for expected, got in (
+        (fast | dict(schedule="cyclic", margin=0.2), defaults(train_fast_he, "--dataset", "cifar10")),
+        (fast | dict(margin=0.1), defaults(train_fast_he, "--dataset", "cifar100", "--head", "mhe")),
+        (free | dict(margin=0.2), defaults(train_free_he, "--dataset", "cifar10")),
+        (imagenet | dict(scale=10.0, margin=0.2), defaults(train_free_he, "--dataset", "imagenet")),
+        (mart, defaults(train_mart, "--dataset", "cifar10")),
+        (dict(epochs=200, batch_size=50, lr=0.01, center_norm=10.0), defaults(train_mmc, "--dataset", "cifar10")),
         (he, defaults(train_pgd_he, "--dataset", "cifar10")),
         (he | dict(beta=6.0), defaults(train_trades_he, "--dataset", "x/cifar10_jpeg.npz")),
         (he | dict(margin=0.1, head="mhe"), defaults(train_pgd_he, "--dataset", "cifar10", "--head", "mhe")),

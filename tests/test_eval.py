@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -93,6 +94,31 @@ def test_an_attack_that_cheats_is_caught(offense, complaint):
     with pytest.raises(common.UserError, match="cheat") as caught:
         eval_all.evaluate(Threshold(), cheat, x, y, SETTINGS)
     assert complaint in str(caught.value)
+
+
+def test_the_nearest_image_may_leave_the_ball_and_not_the_range(monkeypatch):
+    x, y = torch.tensor([0.5, 0.9]).view(2, 1, 1, 1), torch.tensor([0, 1])
+    for move, complaint in ((lambda x: x - 0.4, ""), (lambda x: x - 0.6, "left [0, 1]")):
+        nearest = lambda model, x, y, *, eps, move=move: move(x)  # noqa: E731
+        monkeypatch.setattr(eval_all, "NEAREST", (nearest,))
+        attacks = {"clean": eval_all.clean, "nearest": nearest}
+        if not complaint:
+            assert eval_all.evaluate(Threshold(), attacks, x, y, SETTINGS)["attacks"]["nearest"]["right"].sum() > 0
+            continue
+        with pytest.raises(common.UserError, match="nearest") as caught:
+            eval_all.evaluate(Threshold(), attacks, x, y, SETTINGS)
+        assert complaint in str(caught.value)
+
+
+def test_queries_are_those_of_an_image_that_was_attacked_and_training_takes_all_epochs(pixels):
+    outcome = eval_all.evaluate(
+        Threshold(), {"clean": eval_all.clean, "pgd-3": eval_all.find_attack("pgd-3")}, *pixels, SETTINGS
+    )
+    attacked = int(outcome["attacks"]["clean"]["right"].sum())
+    attack = outcome["attacks"]["pgd-3"] | {"passes": 6 * attacked}
+    assert 0 < attacked < len(pixels[1]) and eval_all.row(attack)["queries"] == 6
+    meta = {"args": {"epochs": 10}, "history": [{"seconds": 2.0}, {"seconds": 4.0}]}  # stopped after two
+    assert eval_all.report("one", meta, outcome, SETTINGS)["training_seconds"] == 30
 
 
 def test_logits_that_are_not_finite_are_a_fault_and_count_as_wrong(pixels, capsys):
@@ -269,20 +295,46 @@ def test_a_users_own_model_and_a_models_with_the_same_name(cli, run_folder, make
 
 def test_a_foreign_wide_resnet_is_evaluated_with_the_scale_of_its_head(cli, make_npz, tmp_path):
     make_npz("cifar10", shape=(32, 32, 3))
-    for head, flags in (("he", []), ("linear", ["--no-normalize"])):
+    for head, flags, standardized in (
+        ("he", [], True), ("linear", [], False),  # as in HE's code, and in that of TRADES and MART
+        ("he", ["--no-normalize"], False), ("linear", ["--normalize"], True),
+    ):  # fmt: skip
         torch.save(models.build_model("wrn-10-1", 10, head=head).state_dict(), tmp_path / f"{head}.pt")
         arguments = ["--dataset", "cifar10", "--data-dir", tmp_path, "--arch", "wrn-10-1", "--head", head, *flags]
         code, _, err = cli("eval_all", tmp_path / f"{head}.pt", *arguments, "--attacks", "adaptive-pgd-2")
         assert code == 0, err
         options = json.loads((tmp_path / f"eval-{head}" / "eval.json").read_text())["model_options"]
         expected = {"he": (15.0, 0.2), "linear": (1.0, 0.0)}[head]
-        assert (options["scale"], options["margin"]) == expected and ("mean" in options) == (head == "he")
+        assert (options["scale"], options["margin"]) == expected and ("mean" in options) == standardized
 
 
 def test_presets_and_duplicates():
     assert list(eval_all.named_attacks("fgsm,clean,fgsm")) == ["clean", "fgsm"]
-    assert list(eval_all.named_attacks("quick,pgd-40")) == [*eval_all.PRESETS["quick"], "pgd-40"]
-    assert set(eval_all.PRESETS["all"]) == set(eval_all.ATTACKS)
+    quick = ["clean", "noise", "fgsm", "pgd-20", "pgd-20-scaled", "cw-inf"]
+    assert list(eval_all.named_attacks("quick,pgd-40")) == [*quick, "pgd-40"]
+
+
+def test_the_audit_comes_with_the_presets_paper_and_all():
+    asked = {name: eval_all.parse_args(["x", "--attacks", name]).audit for name in ("quick", "pgd-20,paper", "all")}
+    assert asked == {"quick": False, "pgd-20,paper": True, "all": True}
+    assert not eval_all.parse_args(["x", "--attacks", "all", "--no-audit"]).audit
+
+
+@pytest.mark.parametrize("known, linf, l2", [
+    ("digits", 0.1, 0.5), ("mnist", 0.3, 3.0), ("cifar10", 0.031, 1.0), ("cifar100", 0.031, 1.0),
+    ("tiny-imagenet", 0.031, 1.0), ("imagenet", 4 / 255, 1.0), (None, 8 / 255, 1.0),
+])  # fmt: skip
+def test_the_ball_is_the_papers_unless_eps_says_otherwise(known, linf, l2):
+    data = types.SimpleNamespace(name="d", known=known)
+    for flags, eps in (([], linf), (["--norm", "l2"], l2), (["--eps", "0.2"], 0.2)):
+        assert eval_all.evaluation_settings(eval_all.parse_args(["x", *flags]), data, [])["eps"] == eps
+
+
+def test_n_images_are_drawn_from_all(cli, run_folder):
+    run = run_folder("run")
+    assert cli("eval_all", run, "--attacks", "clean", "--n", "5")[0] == 0
+    index = np.load(run / "eval" / "verdicts.npz")["index"]
+    assert index.tolist() == sorted(np.random.default_rng(0).permutation(20)[:5]) != list(range(5))
 
 
 def test_a_preset_in_the_l2_ball_does_without_what_knows_linf_alone(cli, run_folder, capsys):
@@ -306,6 +358,22 @@ def test_best_pt_comes_before_last_pt_and_last_pt_serves_where_there_is_no_best(
     assert common.checkpoint_file(run).name == "best.pt"
     (run / "best.pt").unlink()
     assert common.checkpoint_file(run).name == "last.pt" and eval_all.model_name(run / "last.pt") == "run-last"
+
+
+def test_what_restarts_repeat_is_what_starts_at_random(small_model):
+    """The images that an attack asks about, with one seed and with another."""
+    x = torch.rand(4, 1, 8, 8)
+    y, asked = small_model(x).argmax(1), []
+    small_model.register_forward_pre_hook(lambda model, inputs: asked.append(inputs[0].detach().clone()))
+    at_random = "noise pgd-1 pgd-1-scaled adaptive-pgd-1 cw-inf-1 mta-1 apgd-ce-1 apgd-t-1".split()
+    for name in (*at_random, "fgsm", "bim-1", "mim-1", "deepfool-1", "fab-t-1", "cw-l2-1"):
+        attack, met = eval_all.find_attack(name), []
+        for seed in (0, 1):
+            asked.clear()
+            torch.manual_seed(seed)
+            met.append([attack(small_model, x, y, **eval_all.budget(name, attack, SETTINGS)), *asked])
+        assert all(map(torch.equal, *met)) == (name not in at_random), name
+        assert (eval_all.function_of(attack) in eval_all.START_AT_RANDOM) == (name in at_random), name
 
 
 def test_deterministic_attacks_are_not_restarted_and_random_ones_are(small_model):
@@ -519,7 +587,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(small_model, tmp_path):
     asked.clear()
     other = eval_all.Journal(path, eval_all.identity(one(small_model), x, y, SETTINGS | {"eps": 0.2}))
     eval_all.evaluate(small_model, attacks, x, y, SETTINGS, other)
-    assert resumed < sum(asked) and not other.pieces.keys() - rest["attacks"].keys() == set()
+    assert resumed < sum(asked)
     for name in attacks:
         for key in ("right", "distance"):
             assert torch.equal(whole["attacks"][name][key], rest["attacks"][name][key])

@@ -1,5 +1,6 @@
 """Datasets of image files, in small folders made here: layout, labels, augmentation, workers, faults, whole runs."""
 
+import itertools
 import json
 import os
 import signal
@@ -86,6 +87,32 @@ def test_imagenet_is_cropped_to_224_and_gray_images_become_color(imagenet):
     draws = [torch.arange(5)]
     data.x_train.workers = 0
     assert next(data.x_train.read([torch.arange(5)], draws)).shape == (5, 3, 224, 224)
+
+
+def test_a_training_view_of_tiny_imagenet_is_one_of_the_162_crops_and_flips(tiny):
+    x = common.load_data("tiny-imagenet", str(tiny)).x_train
+    x.workers = 0
+    views, (seen,) = {}, x.read([torch.zeros(200, dtype=torch.long)], [torch.arange(200)])
+    padded = torch.nn.functional.pad(x[:1][0], [4] * 4)
+    for top, left in itertools.product(range(9), range(9)):
+        crop = padded[:, top : top + 64, left : left + 64]
+        views |= {crop.numpy().tobytes(): (top, left, False), crop.flip(2).numpy().tobytes(): (top, left, True)}
+    tops, lefts, flips = zip(*(views[view.numpy().tobytes()] for view in seen), strict=True)
+    assert set(tops) == set(lefts) == set(range(9)) and set(flips) == {False, True}
+
+
+def test_imagenet_is_tested_on_the_middle_and_trained_on_flips_too(imagenet):
+    root = imagenet / "imagenet"
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "val" / "n01" / "val_0_0.JPEG", format="PNG")
+    for path in (root / "train").rglob("*.JPEG"):  # bright on the left
+        Image.fromarray(np.repeat(np.arange(255, 7, -4, dtype=np.uint8)[None], 62, 0)).save(path)
+    data = common.load_data("imagenet", str(imagenet))
+    assert np.array_equal(data.x_test[:1][0].permute(1, 2, 0).numpy(), pixels[16:240, 16:240])
+    data.x_train.workers = 0
+    (views,) = data.x_train.read([torch.zeros(20, dtype=torch.long)], [torch.arange(20)])
+    brighter = views[..., :112].float().mean((1, 2, 3)) > views[..., 112:].float().mean((1, 2, 3))
+    assert 0 < brighter.sum() < 20
 
 
 def test_the_training_view_follows_from_its_draw_alone_and_leaves_the_generator_as_it_was(tiny):

@@ -78,6 +78,61 @@ def test_the_small_network_has_the_published_sizes():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("arch, size, padding, pooled", [
+    ("small_cnn", 28, 0, (2, 4)), ("dsphere_mnist", 28, 1, (2, 4, 6)), ("dsphere_cifar", 32, 1, (3, 6, 9)),
+    ("alexnet", 32, 1, (1, 2, 5)),
+])  # fmt: skip
+def test_a_plain_network_is_convolutions_relus_and_poolings(arch, size, padding, pooled):
+    """Pooled after these of its convolutions; then fully connected layers, the last of small_cnn followed by tanh."""
+    torch.manual_seed(0)
+    options = {"activation": "tanh"} if arch == "small_cnn" else {}
+    model = models.build_model(arch, 10, 1, image_size=size, **options)
+    state = {key: 2 * value for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    out = x = torch.rand(2, 1, size, size)
+    layers = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
+    for number, name in enumerate([name for name in layers if name.startswith("conv")], 1):
+        stride = 2 if arch == "alexnet" and number == 1 else 1
+        out = F.relu(F.conv2d(out, state[f"{name}.weight"], state[f"{name}.bias"], stride, padding))
+        out = F.max_pool2d(out, 2) if number in pooled else out
+    out = out.flatten(1)
+    hidden = [name for name in layers if name.startswith("hidden")]
+    for name in hidden:
+        last = arch == "small_cnn" and name == hidden[-1]
+        out = (torch.tanh if last else F.relu)(F.linear(out, state[f"{name}.weight"], state[f"{name}.bias"]))
+    torch.testing.assert_close(model.features(x), out)
+    assert out.std() > 0.01
+
+
+@pytest.mark.parametrize("arch, depth, stages", [("resnet18", 2, 4), ("resnet32", 5, 3)])
+def test_a_resnet_is_that_of_its_paper(arch, depth, stages):
+    torch.manual_seed(0)
+    model = models.build_model(arch, 10).eval()
+    state = model.state_dict()
+    for name, value in state.items():
+        if "bn" in name or "shortcut.1" in name:
+            value.copy_(torch.rand(value.shape) + 0.5)
+
+    def normed(out, convolution, norm, stride=1):
+        weight = state[f"{convolution}.weight"]
+        out = F.conv2d(out, weight, stride=stride, padding=weight.shape[-1] // 2)
+        running = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
+        return F.batch_norm(out, *running, state[f"{norm}.weight"], state[f"{norm}.bias"])
+
+    x = torch.rand(2, 3, 32, 32)
+    out = F.relu(normed(x, "conv1", "bn1"))
+    for stage in range(stages):
+        for block in range(depth):
+            name, stride = f"layers.{stage}.{block}", 2 if stage and not block else 1
+            branch = F.relu(normed(out, f"{name}.conv1", f"{name}.bn1", stride))
+            branch = normed(branch, f"{name}.conv2", f"{name}.bn2")
+            projected = stage and not block  # where the shape changes
+            out = F.relu(
+                branch + (normed(out, f"{name}.shortcut.0", f"{name}.shortcut.1", stride) if projected else out)
+            )
+    torch.testing.assert_close(model.features(x), out.mean((2, 3)), rtol=1e-4, atol=1e-4)
+
+
 def test_normalization_is_the_models_first_layer():
     plain = models.build_model("small_cnn", 10, 3)
     shifted = models.build_model("small_cnn", 10, 3, mean=[0.4, 0.5, 0.6], std=[0.1, 0.2, 0.3])

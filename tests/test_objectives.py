@@ -113,10 +113,12 @@ def angular(net, y, x_adv):
     return ce(cos(net, x_adv), y, 15) + 0.55 * theta.square().mean() + 0.48 * nearest.mean()
 
 
-def weightpen(net, y, x):
-    weight = net.fc.weight
-    sigma = torch.full((10, 10), 0.1**2 / (1 - 10)).double().fill_diagonal_(0.1**2)
-    return ce(linear(net, x), y) + 100 * (weight @ weight.T - sigma).square().sum().sqrt()
+def weightpen(norm):
+    def objective(net, y, x):
+        sigma = torch.full((10, 10), 0.1**2 / (1 - 10)).double().fill_diagonal_(0.1**2)
+        return ce(linear(net, x), y) + 100 * norm(net.fc.weight @ net.fc.weight.T - sigma)
+
+    return objective
 
 
 def abcl(net, y, x):
@@ -164,7 +166,8 @@ OBJECTIVES = {
     "train_free_he": lambda net, y, x_adv: ce(cos(net, x_adv), y, 15, 0.2),
     "train_angular_at": angular,
     "train_mart": mart,
-    "train_weightpen": weightpen,
+    "train_weightpen": weightpen(lambda gap: gap.square().sum().sqrt()),
+    "train_weightpen --penalty-norm spectral": weightpen(lambda gap: torch.linalg.svdvals(gap)[0]),
     "train_abcl": abcl,
     "train_mmc": mmc,
     "train_mmc --adversarial": mmc,
@@ -174,7 +177,14 @@ OBJECTIVES = {
     "train_dsphere --train fgsm": w_softmax,
     "train_dsphere --train pgd": w_softmax,
 }
-NATURAL = ("train_weightpen", "train_abcl", "train_mmc", "train_dsphere", "train_dsphere --loss wm")
+NATURAL = (
+    "train_weightpen",
+    "train_weightpen --penalty-norm spectral",
+    "train_abcl",
+    "train_mmc",
+    "train_dsphere",
+    "train_dsphere --loss wm",
+)
 NATURAL += ("train_dsphere --loss annealing",)
 
 
@@ -193,6 +203,34 @@ def test_the_first_step_is_the_papers_objective(first_step, command):
         assert farthest == 0 and seen.attack is None
     else:  # a step an epoch, three epochs of warm-up
         assert 0 < farthest <= 0.1 / 3 + 1e-6 and 0 <= last.min() and last.max() <= 1
+
+
+NETWORKS = {
+    "train_pgd_he": dict(head="he", scale=15.0, margin=0.2, fn=True, wn=True),
+    "train_pgd_he --no-fn": dict(fn=False, wn=True),
+    "train_trades_he --no-wn": dict(scale=15.0, margin=0.2, fn=True, wn=False),
+    "train_alp_he --head mhe": dict(head="mhe", scale=15.0, margin=0.1),
+    "train_fast_he": dict(scale=15.0, margin=0.2),
+    "train_free_he": dict(scale=15.0, margin=0.2),
+    "train_angular_at": dict(scale=15.0, margin=0.0),
+    "train_abcl": dict(head="he", scale=5.0, margin=0.2, feature_dim=10),
+    "train_weightpen": dict(activation="tanh"),
+    "train_weightpen --activation prelu": dict(activation="prelu"),
+    "train_mmc": dict(head="mmc", center_norm=10.0, feature_dim=256),
+    "train_dsphere": dict(head="sphere", correlation="cosine", manifold="sphere", mean=None, std=None),
+    "train_dsphere --train pgd": dict(mean=[0.5], std=[0.5]),
+    "train_dsphere --correlation quadratic --manifold simplex": dict(correlation="quadratic", manifold="simplex"),
+    "train_dsphere --loss wm": dict(head="sphere_wm"),
+}
+
+
+@pytest.mark.parametrize("command", NETWORKS)
+def test_the_network_is_built_of_what_the_flags_say(first_step, command):
+    script, *flags = command.split()
+    options, expected = first_step(script, *flags).net.options, NETWORKS[command]
+    if script != "train_dsphere":  # which is on raw images
+        expected = expected | common.load_data("digits", limit=132).statistics()
+    assert {key: options[key] for key in expected} == expected
 
 
 ATTACKS = {

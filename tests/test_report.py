@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 import eval_all
 
@@ -159,6 +160,35 @@ def test_the_curve_of_a_network_is_that_of_the_stronger_attack(results, tmp_path
     monkeypatch.setattr(eval_all, "plot_band", lambda axis, *told: drawn.append(told) or axis.plot([0], label="one"))
     eval_all.draw_curves(tmp_path / "a.png", "eps", [["One", "toy/one"]], eval_all.read_evaluations([results]))
     assert drawn == [([0, 1], [eval_all.accuracy_from(95, 100), eval_all.accuracy_from(6, 100)], "o-", "One")]
+
+
+def test_the_figures_draw_each_rows_own_accuracies_and_intervals(results, tmp_path, monkeypatch):
+    found, drawn = eval_all.read_evaluations([results]), {}
+    of = lambda count: eval_all.accuracy_from(count, 100)  # noqa: E731
+
+    def recorded(name):
+        original = getattr(Axes, name)
+
+        def record(axis, *told, **style):
+            drawn.setdefault(name, []).append((told, style))
+            return original(axis, *told, **style)
+
+        return record
+
+    for name in ("errorbar", "imshow", "fill_between", "plot"):
+        monkeypatch.setattr(Axes, name, recorded(name))
+    eval_all.draw_dots(tmp_path / "a.png", "clean, pgd-20", [["Two", "toy/two"], ["First", "toy/step1"]], found)
+    for (told, style), counts in zip(drawn["errorbar"], ([95, 91], [40, 51]), strict=True):  # an attack at a time
+        assert told[0].tolist() == counts
+        reach = [[abs(of(count)[end] - count) for count in counts] for end in ("low", "high")]
+        np.testing.assert_allclose(style["xerr"], reach)
+    eval_all.draw_grid(tmp_path / "b.png", "pgd-20; steps", [["Steps", "toy/step*", "1,2"]], found)
+    assert drawn["imshow"][0][0][0].tolist() == [[51, 52]]
+    eval_all.draw_lines(tmp_path / "c.png", "pgd-20; steps", [["Steps", "toy/step*", "1,2"]], found)
+    ((at, lows, highs),) = [told for told, _ in drawn["fill_between"]]
+    (at_too, accuracies, _), *_ = [told for told, _ in drawn["plot"]]
+    assert list(at) == list(at_too) == [1, 2] and list(accuracies) == [51, 52]
+    assert list(lows) == [of(51)["low"], of(52)["low"]] and list(highs) == [of(51)["high"], of(52)["high"]]
 
 
 def test_a_difference_is_one_that_mcnemars_test_finds_and_that_seeds_do_not_turn():

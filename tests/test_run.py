@@ -1,5 +1,6 @@
 """The Run: same seed same bits, kill -9 and --resume, the schedules, the warm-up, what is written."""
 
+import argparse
 import csv
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import models
@@ -190,12 +192,52 @@ def test_schedules():
     assert [late(k / 64) for k in (33, 34, 53, 54)] == pytest.approx([1, 0.1, 0.1, 0.01])
 
 
+@pytest.mark.parametrize("command, steps", [("train_pgd_he", 2), ("train_free_he --replays 3", 6)])
 @pytest.mark.parametrize("schedule", common.SCHEDULES)
-def test_the_schedule_reaches_the_optimizer(cli, tmp_path, schedule):
-    flags = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--lr", "0.001", "--epochs", "4"]
-    assert cli("train_pgd_he", *flags, "--schedule", schedule, "--out", tmp_path / "run")[0] == 0
-    expected = [0.001 * common.SCHEDULES[schedule](step / 4) for step in range(4)]  # one step an epoch
+def test_the_schedule_reaches_the_optimizer_step_by_step(cli, tmp_path, schedule, command, steps):
+    """The rate of each epoch's last step, of two batches an epoch."""
+    flags = ["--limit", "164", "--batch-size", "32", "--steps", "1", "--lr", "0.001", "--epochs", "4"]
+    assert cli(*command.split(), *flags, "--schedule", schedule, "--out", tmp_path / "run")[0] == 0
+    expected = [0.001 * common.SCHEDULES[schedule]((epoch * steps - 1) / (4 * steps)) for epoch in (1, 2, 3, 4)]
     assert [float(row["lr"]) for row in log_rows(tmp_path / "run")] == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+def test_the_optimizer_has_the_papers_momentum_and_the_flags_rate_and_decay():
+    for optimizer, own in (("sgd", {"momentum": 0.9}), ("adam", {"betas": (0.9, 0.999)})):
+        flags = argparse.Namespace(optimizer=optimizer, lr=0.3, weight_decay=0.07)
+        (group,) = common.make_optimizer(torch.nn.Linear(2, 2), flags).param_groups
+        expected = own | {"lr": 0.3, "weight_decay": 0.07}
+        assert {key: group[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("command, best", [
+    ("train_weightpen", 1), ("train_abcl", 1), ("train_mmc", 1), ("train_dsphere", 1), ("train_pgd_he", 2),
+    ("train_abcl --adversarial", 2), ("train_mmc --adversarial", 2), ("train_dsphere --train fgsm", 2),
+])  # fmt: skip
+def test_best_pt_is_the_most_robust_epoch_or_of_natural_training_the_most_accurate(
+    cli, tmp_path, monkeypatch, command, best
+):
+    held_out = iter([(90.0, 10.0), (80.0, 50.0), (70.0, 50.0)])  # the last is no better than the one before
+    monkeypatch.setattr(common.Run, "_held_out", lambda run: next(held_out))
+    few = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--epochs", "3", "--out", tmp_path / "run"]
+    assert cli(*command.split(), *few)[0] == 0
+    assert common.read_file(tmp_path / "run" / "best.pt")["epoch"] == best
+
+
+def test_the_log_has_shares_of_the_images_in_percent(cli, tmp_path, monkeypatch):
+    """Of a network that takes every image for class 3."""
+    forward = models.Classifier.forward
+
+    def biased(model, x, with_features=False):
+        return forward(model, x) + 100 * F.one_hot(torch.tensor(3), 10)
+
+    monkeypatch.setattr(models.Classifier, "forward", biased)
+    flags = ["--head", "linear", "--limit", "164", "--batch-size", "64", "--epochs", "1", "--steps", "1"]
+    assert cli("train_pgd_he", *flags, "--lr", "1e-9", "--out", tmp_path / "run")[0] == 0
+    (row,), data = log_rows(tmp_path / "run"), common.load_data("digits", limit=164)
+    of_class_3 = [100 * (y == 3).float().mean().item() for y in (data.y_train, data.y_val, data.y_val)]
+    told = [float(row[key]) for key in ("train_accuracy", "val_clean", "val_robust")]
+    assert told == pytest.approx(of_class_3, abs=0.01) and min(told) > 2
 
 
 def test_eps_warms_up_linearly(cli, tmp_path, monkeypatch):
@@ -326,6 +368,44 @@ def test_an_epoch_visits_each_image_once_and_augments_cifar_and_imagenet_alone(r
     assert len(x) == 40 and torch.equal(y.bincount(), run.data.y_train.bincount())
     found = {image.numpy().tobytes() for image in x} & {image.numpy().tobytes() for image in originals}
     assert len(found) == 40 if not augmented else len(found) < 10
+    again = torch.cat([y for _, y in run.batches()])
+    assert not torch.equal(y, run.data.y_train) and not torch.equal(y, again)  # in an order of its own
+
+
+def test_an_image_is_padded_by_4_pixels_before_it_is_cropped(run_on):
+    assert run_on("cifar10_toy", (32, 32, 3)).x_train.shape == (40, 3, 40, 40)
+
+
+def test_held_out_pgd_is_on_scaled_logits_from_a_random_start_in_float32(run_on, monkeypatch):
+    run, seen = run_on("toy", (8, 8)), []
+    run.model.amp = run.args.amp = True
+    run.model.scale = 15.0
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+
+    def record(model, x, y, *, loss, start, **budget):
+        assert not model.amp and 0 < (start - x).abs().max() <= budget["eps"]
+        seen.append(loss(logits, target).item())
+        return x
+
+    logits, target = torch.linspace(-1, 1, 10)[None], torch.tensor([3])
+    monkeypatch.setattr(common, "pgd", record)
+    run._held_out()
+    assert seen == pytest.approx([F.cross_entropy(15 * logits, target).item()] * 10)
+    assert run.model.amp and run.model.training and same(before, run.model.state_dict())  # batch norm's statistics too
+
+
+def test_a_held_out_image_that_is_wrong_clean_is_not_robust(run_on, monkeypatch):
+    """Of class 3, and told as such under attack alone."""
+    run = run_on("toy", (8, 8))
+    monkeypatch.setattr(common, "pgd", lambda model, x, y, **settings: torch.ones_like(x))
+    run.y_val = torch.full((len(run.y_val),), 3)
+
+    def knows(model, x, with_features=False):
+        attacked = (x == 1).flatten(1).all(1, keepdim=True)
+        return torch.where(attacked, F.one_hot(torch.tensor(3), 10), F.one_hot(torch.tensor(4), 10)).float()
+
+    monkeypatch.setattr(models.Classifier, "forward", knows)
+    assert run._held_out() == (0, 0)
 
 
 def test_trades_starts_beside_the_image_and_compares_with_natural_logits_in_eval_mode(cli, tmp_path, monkeypatch):
