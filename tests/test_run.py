@@ -217,7 +217,7 @@ def test_the_optimizer_has_the_papers_momentum_and_the_flags_rate_and_decay():
 def test_best_pt_is_the_most_robust_epoch_or_of_natural_training_the_most_accurate(
     cli, tmp_path, monkeypatch, command, best
 ):
-    held_out = iter([(90.0, 10.0), (80.0, 50.0), (70.0, 50.0)])  # the last is no better than the one before
+    held_out = iter([(90.0, 10.0), (80.0, 50.0), (80.0, 50.0)])  # the last is no better than the one before
     monkeypatch.setattr(common.Run, "_held_out", lambda run: next(held_out))
     few = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--epochs", "3", "--out", tmp_path / "run"]
     assert cli(*command.split(), *few)[0] == 0
@@ -238,6 +238,7 @@ def test_the_log_has_shares_of_the_images_in_percent(cli, tmp_path, monkeypatch)
     of_class_3 = [100 * (y == 3).float().mean().item() for y in (data.y_train, data.y_val, data.y_val)]
     told = [float(row[key]) for key in ("train_accuracy", "val_clean", "val_robust")]
     assert told == pytest.approx(of_class_3, abs=0.01) and min(told) > 2
+    assert float(row["loss"]) == pytest.approx(100 - of_class_3[0], abs=3)  # its logits are apart by 100
 
 
 def test_eps_warms_up_linearly(cli, tmp_path, monkeypatch):
