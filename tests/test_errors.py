@@ -13,13 +13,16 @@ import torch
 import common
 import eval_all
 import models
+import train_abcl
 import train_angular_at
+import train_dsphere
 import train_fast_he
 import train_free_he
 import train_mart
 import train_mmc
 import train_pgd_he
 import train_trades_he
+import train_weightpen
 
 ROOT = Path(__file__).resolve().parent.parent
 WITH_HEADS = ("train_pgd_he", "train_trades_he", "train_angular_at", "train_alp_he", "train_free_he", "train_fast_he")
@@ -282,6 +285,12 @@ def test_the_papers_defaults():
     imagenet = dict(arch="resnet50", epochs=23, lr=0.1, batch_size=256, eps=4 / 255, step_size=1 / 255, replays=4)
     mart = shared | dict(epochs=90, arch="wrn-34-10", weight_decay=7e-4, eps=0.031, step_size=0.007, beta=6.0)
     del mart["scale"]
+    weightpen = dict(epochs=400, optimizer="adam", lr=0.01, alpha=100.0, s=0.1, activation="tanh")
+    large, small = weightpen | dict(arch="wrn-34-10", schedule="gentle"), dict(arch="small_cnn", schedule="constant")
+    dsphere = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=128, correlation="cosine", loss="wsoftmax")
+    dsphere_mnist = dict(arch="dsphere_mnist", epochs=66, schedule="thirds", eps=0.3, step_size=0.075, steps=10)
+    dsphere_cifar = dict(arch="dsphere_cifar", epochs=168, schedule="late", eps=8 / 255, step_size=2 / 255, steps=7)
+    abcl = dict(arch="alexnet", k1=512.0, k2=64.0, feature_dim=10)
     for expected, got in (
         (fast | dict(schedule="cyclic", margin=0.2), defaults(train_fast_he, "--dataset", "cifar10")),
         (fast | dict(margin=0.1), defaults(train_fast_he, "--dataset", "cifar100", "--head", "mhe")),
@@ -295,6 +304,14 @@ def test_the_papers_defaults():
         (he | dict(margin=0.0, scale=1.0), defaults(train_pgd_he, "--dataset=cifar10", "--head=linear")),
         (angular, defaults(train_angular_at, "--dataset", "cifar10")),
         (cifar100, defaults(train_angular_at, "--dataset", "cifar100")),
+        (large, defaults(train_weightpen, "--dataset", "cifar10")),
+        (large, defaults(train_weightpen, "--dataset", "cifar100")),
+        (weightpen | small, defaults(train_weightpen, "--dataset", "mnist")),
+        (dsphere | dsphere_mnist, defaults(train_dsphere, "--dataset", "mnist")),
+        (dsphere | dsphere_cifar, defaults(train_dsphere, "--dataset", "cifar10")),
+        (abcl | dict(scale=5.0, margin=0.2), defaults(train_abcl, "--dataset", "mnist")),
+        (abcl | dict(scale=5.0, margin=0.0), defaults(train_abcl, "--dataset", "cifar10", "--base", "ht-sce")),
+        (abcl | dict(scale=1.0, margin=0.0), defaults(train_abcl, "--dataset", "cifar10", "--base=sce")),
     ):
         assert {key: got[key] for key in expected} == expected
 

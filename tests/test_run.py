@@ -429,8 +429,12 @@ def test_trades_starts_beside_the_image_and_compares_with_natural_logits_in_eval
     assert modes[:5] == [False, False, False, True, True]  # natural logits, two steps, then x and x_adv
 
 
-def test_free_replays_each_batch_and_takes_both_gradients_from_one_backward_pass(cli, tmp_path, monkeypatch):
-    """delta_{t+1} = clip(delta_t + step * sign(grad)) in ball and range, of the very loss that updates the weights."""
+@pytest.mark.parametrize("warmup", (0, 1))
+def test_free_replays_each_batch_and_takes_both_gradients_from_one_backward_pass(cli, tmp_path, monkeypatch, warmup):
+    """delta_{t+1} = clip(delta_t + step * sign(grad)) in ball and range, of the very loss that updates the weights.
+
+    Ball and step grow with every replay where the first epoch, of six, is a warm-up.
+    """
     passes, stepped, images = [], [], []
     forward, step, batches = models.Classifier.forward, common.Run.step, common.Run.batches
 
@@ -451,15 +455,17 @@ def test_free_replays_each_batch_and_takes_both_gradients_from_one_backward_pass
     monkeypatch.setattr(models.Classifier, "forward", record)
     monkeypatch.setattr(common.Run, "step", record_step)
     monkeypatch.setattr(common.Run, "batches", record_batches)
-    flags = ["--limit", "164", "--batch-size", "32", "--epochs", "1", "--eps-warmup", "0", "--eps", "0.1"]
+    flags = ["--limit", "164", "--batch-size", "32", "--epochs", "1", "--eps-warmup", warmup, "--eps", "0.1"]
     flags += ["--step-size", "0.04", "--replays", "3", "--no-amp", "--out", tmp_path / "run"]
     assert cli("train_free_he", *flags)[0] == 0
     assert len(passes) == len(stepped) == 6 and len(log_rows(tmp_path / "run")) == 1
     assert torch.equal(images[0], images[2]) and not torch.equal(images[2], images[3])
     delta = torch.zeros(32, 1, 8, 8)
-    for x, (x_adv, grad) in zip(images, stepped, strict=True):  # over the change of batch as well
+    for i, (x, (x_adv, grad)) in enumerate(zip(images, stepped, strict=True)):  # over the change of batch as well
         torch.testing.assert_close(x_adv, (x + delta).clamp(0, 1))
-        delta = ((x + delta + 0.04 * grad.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)) - x
+        grown = (i + 1) / 6 if warmup else 1
+        eps, step_size = 0.1 * grown, 0.04 * grown
+        delta = ((x + delta + step_size * grad.sign()).clamp(x - eps, x + eps).clamp(0, 1)) - x
 
 
 def test_free_resumed_equals_free_uninterrupted(tmp_path):
