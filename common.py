@@ -92,7 +92,7 @@ def cli(main: Callable[[], None]) -> None:
 def keep_freed_memory() -> None:
     """Tell glibc to keep what tensors free for the next ones, and not to ask the kernel for cleared pages each time.
 
-    Every large activation otherwise faults in all its pages anew, which took a third of a training step on a CPU.
+    Every large activation otherwise faults in all its pages anew. What that saves, bench.py measures.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # no other C library has it

@@ -2470,9 +2470,10 @@ class Evaluated:
         self.facts: dict = {"audit": [], "analyses": {}, "seconds": 0.0}
         self.rows: dict[str, dict] = {}
         self.verdicts: dict[str, Verdicts] = {}
+        self.analyzed: dict[str, int] = {}  # images
 
     def take_in(self, path: Path) -> None:
-        """What the eval.json of one model says, with the verdicts.npz beside it."""
+        """What the eval.json of one model says, with the verdicts.npz beside it; of what was done twice, the larger."""
         try:
             result = json.loads(path.read_text())
             if None in (result["dataset"], result["norm"], result["eps"]):
@@ -2491,7 +2492,10 @@ class Evaluated:
             if told != self.facts.setdefault(fact, told):
                 raise common.UserError(f"{path}: its {fact} is not that of the same model's other evaluations")
         rows, seconds = result["attacks"], sum(row.get("seconds", 0.0) for row in result["attacks"].values())
-        analyses = self.facts["analyses"] | (result.get("analyses") or {})
+        analyses, n = result.get("analyses") or {}, len(images[0])
+        larger = {name: analysis for name, analysis in analyses.items() if n > self.analyzed.get(name, 0)}
+        self.analyzed |= dict.fromkeys(larger, n)
+        analyses = self.facts["analyses"] | larger
         self.facts |= result | {"seconds": self.facts["seconds"] + seconds, "analyses": analyses}
         for name, verdicts in found.items():
             if name not in self.rows or rows[name]["n"] > self.rows[name]["n"]:
@@ -2979,7 +2983,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag(
         "--amp",
         action="store_true",
-        help="craft in bfloat16, judge in float32: twice as fast, but saturated activations then lose their gradient",
+        help="craft in bfloat16, judge in float32: faster, but saturated activations then lose their gradient",
     )
     flag("--device", type=common.device_flag, default=common.default_device(), help="(default: %(default)s)")
     text = "fill in DIR/report.md from the evaluations in DIR, folders NAME-sSEED, and write it to --out (RESULTS.md)"

@@ -1,5 +1,5 @@
 """Every script in every variant, and every attack that counts its steps, end to end on a few digits, as a user runs
-them: under two minutes, on the CPU.
+them: under two minutes on two cores, without a GPU.
 
 python -m pytest test_smoke.py
 """

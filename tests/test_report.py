@@ -258,6 +258,19 @@ def test_an_attack_counts_on_the_most_images_it_was_made_on(results):
     assert eval_all.over_seeds(seeds, "clean")["n"] == 10
 
 
+def test_an_analysis_counts_on_the_most_images_it_was_made_of(tmp_path):
+    for folder, n, within in (
+        ("a-few", 10, 1.0),
+        ("b-all", 100, 2.0),
+        ("c-some", 50, 3.0),
+    ):  # in the order they are read
+        degrees = {"smallest": 90.0, "largest": 90.0, "within": within}
+        write_evaluation(tmp_path / "net-s0" / folder, {"clean": first(9, n)}, analyses={"angles": degrees})
+    write_evaluation(tmp_path / "net-s0" / "d", {"clean": first(9, 200)})  # without one
+    network = eval_all.read_evaluations([tmp_path])["net"][0]
+    assert network.facts["analyses"]["angles"]["within"] == 2.0 and network.rows["clean"]["n"] == 200
+
+
 def test_a_seed_that_lacks_an_attack_is_left_out(results):
     (results / "toy/one-s1/strong/eval.json").unlink()
     seeds = eval_all.complete(eval_all.read_evaluations([results])["toy/one"], ["clean", "pgd-20", "square"])
