@@ -206,7 +206,11 @@ class ImageFiles:
         return len(self), 3, self.size, self.size
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        return torch.cat(list(self.read(torch.arange(len(self))[rows].split(100))))
+        rows = torch.arange(len(self))[rows]
+        images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
+        for some, batch in zip(torch.arange(len(rows)).split(100), self.read(rows.split(100)), strict=True):
+            images[some] = batch
+        return images
 
     def subset(self, rows: np.ndarray) -> "ImageFiles":
         return ImageFiles([os.fsdecode(file) for file in self.files[rows]], self.size, self.train_view, self.test_view)
@@ -544,7 +548,8 @@ TRAINING_DEFAULTS = {
     "mnist": _SMALL
     | dict(epochs=6, batch_size=128, lr=1e-3, eps="0.3", step_size="0.075", eps_warmup=1.0, source="ours"),
     "cifar10": _LARGE
-    | dict(arch="wrn-34-10", lr=0.1, weight_decay=2e-4, eps="8/255", step_size="2/255", source="HE, Sec. 4"),
+    | dict(arch="wrn-34-10", lr=0.1, weight_decay=2e-4, eps="8/255", step_size="2/255")
+    | dict(source="HE, Sec. 4, and its code"),
     "cifar100": _LARGE
     | dict(arch="resnet18", lr=0.01, weight_decay=3.5e-3, eps="0.031", step_size="0.007", source="Angular-AT, Sec. 5"),
     "tiny-imagenet": _LARGE
@@ -685,12 +690,11 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     return parser
 
 
-def add_head_flags(
-    parser: Parser, argv: list[str] | None, margins: dict[str, float], source: str, scale: float = 15.0
-) -> None:
+def add_head_flags(parser: Parser, argv: list[str] | None, margins: dict[str, float], source: str) -> None:
     """--head, --fn, --wn, --scale and --margin, their defaults by the head in argv; `margins` maps head to m."""
     head = parser.peek(argv, "--head", "he")
-    scale, margin = 1.0 if head == "linear" else scale, margins.get(head, 0.0)
+    scale = 1.0 if head == "linear" else 10.0 if parser.known == "imagenet" else 15.0  # HE, Sec. 4
+    margin = margins.get(head, 0.0)
     on_off = argparse.BooleanOptionalAction
     flag = parser.add_argument_group("head").add_argument
     flag("--head", default="he", choices=("linear", "he", "mhe"), help="W z + b, cos(theta) or -theta (default: he)")
@@ -742,10 +746,11 @@ def attack_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def rounding(logits: Tensor) -> Tensor:
     """How far two logits of an image may be apart, (B,), and still count as equal: a small part of what the likeliest
-    classes differ by. An offset that all share is no distance, nor is a class that a huge negative logit masks, where
-    four classes are left."""
+    classes differ by. An offset that all share is no distance, nor is a class that a huge negative logit masks."""
     k = logits.shape[1]
     top = logits.topk(min(4, k // 2 + 1), 1).values
+    first = top[:, :1]
+    top = torch.where(top < first - 1e3 * (1 + first.abs()), first, top)  # masked
     return 1e-4 * (top[:, 0] - top[:, -1]) + 1e-6 * top.abs().amax(1)
 
 
@@ -1096,6 +1101,8 @@ class Run:
         if self.trained_on == "robust" and args.eps_warmup > args.epochs:
             reached = args.eps * args.epochs / args.eps_warmup
             print(f"eps rises over {args.eps_warmup:g} epochs, so in these it gets to {reached:.3g} alone")
+        if self.trained_on == "robust" and args.step_size > 2 * args.eps:
+            print(f"step size {args.step_size:.3g} is over twice eps: PGD goes from corner to corner of the ball")
 
     def _gaps(self) -> str:
         """What the header says of labels that no training image has, but for which there is a class."""
@@ -1164,12 +1171,14 @@ class Run:
         before = begun["before"] if begun else now
         torch.set_rng_state(before)
         images = self.steps_an_epoch // self.replays * self.args.batch_size
-        order, draws = torch.randperm(len(self.y_train))[:images].split(size), None
+        order, draws = torch.randperm(len(self.y_train))[:images], None
         if isinstance(self.x_train, ImageFiles):
-            draws = [torch.randint(2**62, rows.shape) for rows in order]
+            draws = [torch.randint(2**62, rows.shape) for rows in order.split(size)]
+        else:
+            order = order.to(self.args.device)  # at once: a copy for each batch would wait for the batch before
         if begun:
             torch.set_rng_state(now)
-        return order, draws, before
+        return order.split(size), draws, before
 
     def _training_images(self, order: Sequence[Tensor], draws: Sequence[Tensor] | None) -> Iterator[Tensor]:
         """This rank's uint8 images of each batch of rows, augmented: gathered on the device, or read from files."""
@@ -1178,7 +1187,7 @@ class Run:
             yield from self.x_train.read(*mine)
             return
         for rows in order:
-            rows = my_rows(rows).to(self.args.device)
+            rows = my_rows(rows)
             yield crop_and_flip(self.x_train, rows, self.data.image_size) if self.augment else self.x_train[rows]
 
     def epochs(self) -> Iterator[int]:
@@ -1213,7 +1222,7 @@ class Run:
             images = self._training_images(order[done:], draws and draws[done:])
             for rows, x in zip(order[done:], images, strict=True):
                 x = to_float(x.to(self.args.device, non_blocking=True))
-                y = self.y_train[my_rows(rows).to(self.args.device)]
+                y = self.y_train[my_rows(rows).to(self.args.device, non_blocking=True)]
                 for _ in range(self.replays):
                     yield x, y
                     self._show(size)

@@ -833,7 +833,7 @@ ATTACKS: dict[str, Attack] = {
     "autoattack": autoattack,
     "autoattack-official": autoattack_official,
 }
-START_AT_RANDOM = (noise, pgd, pgd_scaled, adaptive_pgd, cw_inf, mta, apgd, apgd_targeted)  # --restarts repeats these
+START_AT_RANDOM = (noise, pgd, pgd_scaled, adaptive_pgd, cw_inf, mta, feature, apgd, apgd_targeted)  # for --restarts
 BLACK_BOX = (square, spsa, nes, zoo, rays)
 NEAREST = (fab_targeted, deepfool, cw_l2)  # their result may lie outside the ball, and then counts as no success
 IN_BFLOAT16 = (
@@ -912,8 +912,10 @@ def knows_l2(attack: Attack) -> bool:
 
 
 def default_step_size(papers: float, eps: float, steps: int, norm: str) -> float:
-    """The papers' step size where it can cross the ball in `steps`, else 2.5 * eps / steps (Madry et al. 2018)."""
-    return papers if norm == "linf" and papers * steps > 1.9 * eps else 2.5 * eps / steps
+    """The papers' step size where it can cross the ball in `steps` and is no more than half of eps, beyond which PGD
+    goes from corner to corner; else 2.5 * eps / steps (Madry et al. 2018)."""
+    fits = norm == "linf" and 1.9 * eps / steps < papers <= eps / 2
+    return papers if fits else 2.5 * eps / steps
 
 
 def find_attack(name: str) -> Attack:

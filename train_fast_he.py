@@ -30,6 +30,7 @@ OVERRIDES = {
     "mnist": dict(epochs=10, lr=5e-3, step_size="0.375", schedule="cyclic"),
     "cifar10": CIFAR | dict(source="HE, Table 3; FastAT's code"),
     "cifar100": CIFAR | dict(source="HE, Table 3; FastAT's code"),
+    "imagenet": dict(epochs=30, schedule="cyclic", step_size="5/255"),
     None: CIFAR | dict(source="as for CIFAR-10"),
 }
 

@@ -41,9 +41,8 @@ OVERRIDES = {
 
 def parse_args(argv=None):
     parser = common.training_parser(__doc__, argv, OVERRIDES)
-    scale, replays = (10.0, 4) if parser.known == "imagenet" else (15.0, 8)
-    common.add_head_flags(parser, argv, MARGIN, "HE, Sec. 4 and C.5", scale)
-    source = "HE, Sec. 4" if parser.known == "imagenet" else "FastAT's code"
+    common.add_head_flags(parser, argv, MARGIN, "HE, Sec. 4 and C.5")
+    replays, source = (4, "HE, Sec. 4") if parser.known == "imagenet" else (8, "FastAT's code")
     text = f"m (default: {replays}; {source})"
     parser.add_argument("--replays", type=common.number(int, 1), default=replays, help=text)
     args = parser.parse_args(argv)

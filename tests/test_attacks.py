@@ -286,16 +286,17 @@ def test_an_offset_of_all_logits_does_not_hide_what_is_fooled():
 
 
 @pytest.mark.parametrize("name", ["apgd-t", "fab-t", "mta-20", "deepfool", "rays", "autoattack"])
+@pytest.mark.parametrize("left, ruled_out", [(5, 2), (3, 7), (2, 8)])
 @pytest.mark.parametrize("masked", [-1e6, -1e9])
-def test_a_masked_class_does_not_hide_what_is_fooled(linear_model, name, masked):
+def test_a_masked_class_does_not_hide_what_is_fooled(linear_model, name, left, ruled_out, masked):
     """Classes that a model rules out by a huge negative logit change no verdict, in any attack."""
     torch.manual_seed(0)
-    x, plain = torch.rand(12, 1, 4, 4), linear_model(torch.randn(5, 16))
+    x, plain = torch.rand(12, 1, 4, 4), linear_model(torch.randn(left, 16))
     y = plain(x).argmax(1)
 
     class Masked(torch.nn.Module):
         def forward(self, x):
-            return torch.cat([plain(x), torch.full((len(x), 2), masked)], 1)
+            return torch.cat([plain(x), torch.full((len(x), ruled_out), masked)], 1)
 
     settings = dict(known="digits", norm="linf", eps=0.05, step_size=None, restarts=1, batch_size=12, seed=0, amp=False)
     attack = eval_all.find_attack(name)
@@ -329,8 +330,10 @@ def test_a_gradient_that_is_not_finite_stops_the_attack(small_model, name):
 @pytest.mark.parametrize("known, eps, steps, expected", [
     ("cifar10", 0.031, 20, 0.003), ("cifar10", 0.031, 500, 0.003), ("mnist", 0.3, 100, 0.01), ("digits", 0.1, 20, 0.01),
     ("mnist", 0.3, 20, 0.0375), ("cifar10", 0.5, 20, 0.0625), ("cifar10", 0.031, 10, 0.00775),
+    ("imagenet", 4 / 255, 20, 1 / 255), ("mnist", 0.02, 100, 0.01), ("mnist", 0.01, 20, 0.00125),
+    ("cifar10", 0.3 / 255, 100, 0.0075 / 255),
 ])  # fmt: skip
-def test_the_default_step_is_the_papers_where_it_can_cross_the_ball(known, eps, steps, expected):
+def test_the_default_step_is_the_papers_where_it_fits_the_ball(known, eps, steps, expected):
     settings = {"known": known, "eps": eps, "norm": "linf", "step_size": None}
     name = f"pgd-{steps}"
     assert eval_all.budget(name, eval_all.find_attack(name), settings)["step_size"] == pytest.approx(expected)

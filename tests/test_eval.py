@@ -365,7 +365,7 @@ def test_what_restarts_repeat_is_what_starts_at_random(small_model):
     x = torch.rand(4, 1, 8, 8)
     y, asked = small_model(x).argmax(1), []
     small_model.register_forward_pre_hook(lambda model, inputs: asked.append(inputs[0].detach().clone()))
-    at_random = "noise pgd-1 pgd-1-scaled adaptive-pgd-1 cw-inf-1 mta-1 apgd-ce-1 apgd-t-1".split()
+    at_random = "noise pgd-1 pgd-1-scaled adaptive-pgd-1 cw-inf-1 mta-1 feature-1 apgd-ce-1 apgd-t-1".split()
     for name in (*at_random, "fgsm", "bim-1", "mim-1", "deepfool-1", "fab-t-1", "cw-l2-1"):
         attack, met = eval_all.find_attack(name), []
         for seed in (0, 1):

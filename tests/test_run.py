@@ -154,11 +154,13 @@ def test_a_network_that_no_evaluation_could_read_is_refused_before_the_training(
 def test_the_header_says_what_eps_gets_to_and_which_classes_have_no_image(cli, make_npz, tmp_path):
     path = make_npz(y_train=np.arange(140) % 3 * 4, y_test=np.arange(20) % 3 * 4)
     flags = ["--dataset", path, "--arch", "small_cnn", "--epochs", "2", "--steps", "1", "--batch-size", "20"]
-    code, out, _ = cli("train_pgd_he", *flags, "--eps", "0.1", "--eps-warmup", "8", "--out", tmp_path / "run")
+    flags += ["--eps", "0.1", "--eps-warmup", "8", "--step-size", "0.25"]
+    code, out, _ = cli("train_pgd_he", *flags, "--out", tmp_path / "run")
     assert code == 0 and "held-out images of 9 classes, 6 without a training image; " in out
     assert "eps rises over 8 epochs, so in these it gets to 0.025 alone" in out
+    assert "step size 0.25 is over twice eps" in out
     code, out, _ = cli("train_pgd_he", *QUICK, "--epochs", "1", "--out", tmp_path / "usual")
-    assert code == 0 and "classes" not in out and "eps rises" not in out
+    assert code == 0 and not any(word in out for word in ("classes", "eps rises", "twice eps"))
 
 
 def test_resume_with_more_epochs_goes_on_and_with_none_left_changes_nothing(cli, tmp_path):
