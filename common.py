@@ -486,6 +486,10 @@ def load_data(dataset: str, data_dir: str = "data", limit: int | None = None) ->
         }[dataset]
         source = str(Path(data_dir) / folder)
         arrays = read(Path(source))
+    elif dataset in ("cifar10-c", "imagenet-c"):
+        raise UserError(
+            f"{dataset} has test images alone: eval_all.py ... --corruptions DIR reads them from their folder"
+        )
     else:
         raise UserError(f"unknown dataset {dataset!r}: choose {', '.join(KNOWN)} or a FILE.npz (no {named} either)")
     return _split(arrays, dataset, source, limit)
@@ -1203,7 +1207,8 @@ class Run:
             return
         best = max(self.history, key=self._merit)
         clean, robust = (f"{best[key]:.2f} %" for key in ("val_clean", "val_robust"))
-        print(f"best epoch {best['epoch']}: held-out clean {clean}, PGD-{self.args.steps} {robust}; evaluate it with")
+        held_out = f"of {len(self.y_val)} held-out images clean {clean}, PGD-{self.args.steps} {robust}"
+        print(f"best epoch {best['epoch']}: {held_out}; evaluate it with")
         print(f"python eval_all.py {self.out}")
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:

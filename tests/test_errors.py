@@ -30,6 +30,7 @@ SCRIPTS = (*WITH_HEADS, "train_mart", "train_mmc", "train_weightpen", "train_abc
 
 BAD_FLAGS = {
     "unknown dataset 'nope'": ["--dataset", "nope"],
+    "eval_all.py ... --corruptions DIR reads them": ["--dataset", "cifar10-c"],
     "missing.npz: no such file": ["--dataset", "missing.npz"],
     "argument --eps: 'abc' is not a number or a fraction": ["--eps", "abc"],
     "argument --eps: '8/' is not a number": ["--eps", "8/"],
