@@ -14,6 +14,7 @@ norms, Linf and (--norm l2) L2:
       fgsm*, bim-N*, mim-N*  one step, many steps, many steps with momentum, from the image itself; fgsm-l2: in L2
       pgd-N*                 random start, CE on the logits as the model gives them, as in the papers' own code
       pgd-N-scaled*          the same on scale * logits, the logits that an HE model was trained with
+      pgd-N-fn*              the same on W z / ||z||: feature normalization in the attack alone
       adaptive-pgd-N*        the same on the training cross-entropy, with its scale and margin
       cw-inf*, cw-inf-N*     the margin loss of Carlini & Wagner under PGD, 20 steps if not said otherwise
       mta-N*, feature        PGD towards each wrong class, towards the features of images of other classes
@@ -158,6 +159,25 @@ def pgd(
 def pgd_scaled(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
     """PGD on CE(s * model(x), y), s the scale that the model was trained with (1 for a linear head)."""
     return pgd(model, x, y, loss=training_ce(model, 0.0), **budget)
+
+
+def pgd_fn(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
+    """PGD on CE(W z~, y), z~ the normalized input of the model's last layer fc, for a model that was trained without
+    (HE, Eq. 12 and 13, Table 7)."""
+    z = None
+
+    def note(fc: nn.Linear, inputs: tuple[Tensor]) -> None:
+        nonlocal z
+        (z,) = inputs
+
+    def fn_ce(logits: Tensor, y: Tensor) -> Tensor:
+        return ce(F.linear(F.normalize(z), model.fc.weight), y)
+
+    noting = model.fc.register_forward_pre_hook(note)
+    try:
+        return pgd(model, x, y, loss=fn_ce, **budget)
+    finally:
+        noting.remove()
 
 
 def adaptive_pgd(model: nn.Module, x: Tensor, y: Tensor, **budget: float) -> Tensor:
@@ -813,6 +833,7 @@ ATTACKS: dict[str, Attack] = {
     "pgd-100": partial(pgd, steps=100),
     "pgd-500": partial(pgd, steps=500),
     "pgd-20-scaled": partial(pgd_scaled, steps=20),
+    "pgd-20-fn": partial(pgd_fn, steps=20),
     "adaptive-pgd-20": partial(adaptive_pgd, steps=20),
     "adaptive-pgd-500": partial(adaptive_pgd, steps=500),
     "cw-inf": partial(cw_inf, steps=20),
@@ -833,7 +854,7 @@ ATTACKS: dict[str, Attack] = {
     "autoattack": autoattack,
     "autoattack-official": autoattack_official,
 }
-START_AT_RANDOM = (noise, pgd, pgd_scaled, adaptive_pgd, cw_inf, mta, feature, apgd, apgd_targeted)  # for --restarts
+START_AT_RANDOM = (noise, pgd, pgd_scaled, pgd_fn, adaptive_pgd, cw_inf, mta, feature, apgd, apgd_targeted)
 BLACK_BOX = (square, spsa, nes, zoo, rays)
 NEAREST = (fab_targeted, deepfool, cw_l2)  # their result may lie outside the ball, and then counts as no success
 IN_BFLOAT16 = (
@@ -842,6 +863,7 @@ IN_BFLOAT16 = (
     mim,
     pgd,
     pgd_scaled,
+    pgd_fn,
     adaptive_pgd,
     cw_inf,
     mta,
@@ -947,28 +969,33 @@ def paper_attacks(method: str, known: str | None) -> list[str]:
     return (WEIGHTPEN_SMALL if text is WEIGHTPEN and known in ("digits", "mnist") else text).split()
 
 
-def why_left_out(name: str, features: bool, norm: str) -> str | None:
-    """What keeps a preset from an attack: a package, features(x), the norm."""
+def why_left_out(name: str, unfit: dict[Callable, str], norm: str) -> str | None:
+    """What keeps a preset from an attack: a package, a model that it does not fit, the norm."""
     if name == "autoattack-official" and importlib.util.find_spec("autoattack") is None:
         return GET_AUTOATTACK
-    if name == "feature" and not features:
-        return "the attack feature needs a model with features(x)"
-    return None if norm == "linf" or knows_l2(find_attack(name)) else f"attack {name} knows the Linf ball alone"
+    attack = find_attack(name)
+    if function_of(attack) in unfit:
+        return unfit[function_of(attack)]
+    return None if norm == "linf" or knows_l2(attack) else f"attack {name} knows the Linf ball alone"
 
 
 def named_attacks(
-    text: str, methods: tuple[str, ...] = ("",), known: str | None = None, features: bool = True, norm: str = "linf"
+    text: str,
+    methods: tuple[str, ...] = ("",),
+    known: str | None = None,
+    unfit: dict[Callable, str] | None = None,
+    norm: str = "linf",
 ) -> dict[str, Attack]:
     """The attacks of --attacks: names and presets, separated by commas; clean comes first in any case.
 
     `paper` is what the papers of `methods` report on the dataset `known`, all of it for each of them. A preset does
-    without attacks that do not know `norm`, and without the one on features where the models have no features(x).
+    without attacks that do not know `norm`, and without those that are `unfit_attacks`.
     """
     names = ["clean"]
     presets = PRESETS | {"paper": [name for method in methods for name in paper_attacks(method, known)]}
     for part in map(str.strip, text.split(",")):
         for name in presets.get(part, [part]):
-            why = part in presets and why_left_out(name, features, norm)
+            why = part in presets and why_left_out(name, unfit or {}, norm)
             if why:
                 print(f"left out: {why}")
             else:
@@ -3035,6 +3062,17 @@ def evaluation_settings(args: argparse.Namespace, data: common.Data, argv: list[
     }
 
 
+def unfit_attacks(found: Found, image: Tensor) -> dict[Callable, str]:
+    """The attacks' functions that one of the models lacks something for, and what; `image` is (1, C, H, W)."""
+    unfit = {}
+    for name, model, _ in found:
+        if not has_features(model, image):
+            unfit[feature] = f"the attack feature needs a model with features(x) of (B, d), and {name} has none"
+        if not isinstance(getattr(model, "fc", None), nn.Linear):
+            unfit[pgd_fn] = f"an attack with FN needs a model with a linear last layer fc, and {name} has none"
+    return unfit
+
+
 def exact_float32() -> None:
     """No TF32 on CUDA in a verdict, neither by default nor where a user's model switched it on."""
     torch.set_float32_matmul_precision("highest")
@@ -3042,11 +3080,18 @@ def exact_float32() -> None:
 
 
 def refuse_what_cannot_be(
-    args: argparse.Namespace, attacks: dict[str, Attack], found: Found, image: Tensor, settings: dict
+    args: argparse.Namespace,
+    attacks: dict[str, Attack],
+    unfit: dict[Callable, str],
+    found: Found,
+    image: Tensor,
+    settings: dict,
 ) -> None:
     """Raises UserError before the work rather than after it; `image` is (1, C, H, W)."""
     for name, attack in attacks.items():
         budget(name, attack, settings)
+        if function_of(attack) in unfit:
+            raise common.UserError(unfit[function_of(attack)])
     if args.corruptions:
         corruption_files(Path(args.corruptions))
     if args.geodesic and args.norm != "linf":
@@ -3055,7 +3100,6 @@ def refuse_what_cannot_be(
         if args.geodesic and "geodesic" not in meta:
             raise common.UserError(f"--geodesic: {name} holds no angles; train_dsphere.py writes them")
         wanted = [f"--analyze {analysis}" for analysis in ("features", "angles") if analysis in (args.analyze or ())]
-        wanted += ["the feature attack"] * (feature in map(function_of, attacks.values()))
         if wanted and not has_features(model, image):
             raise common.UserError(f"{wanted[0]} needs a model with features(x) of (B, d), and {name} has none")
         if "--analyze angles" in wanted and class_weights(model) is None:
@@ -3108,12 +3152,12 @@ def main(argv: list[str] | None = None) -> None:
     data = common.load_data(dataset, folder)
     image = common.to_float(data.x_test[:1]).to(args.device)
     methods = tuple(meta.get("method", "") for _, _, meta in found)
-    features = all(has_features(model, image) for _, model, _ in found)
-    attacks = named_attacks(args.attacks, methods, data.known, features, args.norm) | transfer_attacks(sources)
+    unfit = unfit_attacks(found, image)
+    attacks = named_attacks(args.attacks, methods, data.known, unfit, args.norm) | transfer_attacks(sources)
     for name, model, _ in found + sources:
         check_fit(name, model, data, args.device)
     settings = evaluation_settings(args, data, argv)
-    refuse_what_cannot_be(args, attacks, found, image, settings)
+    refuse_what_cannot_be(args, attacks, unfit, found, image, settings)
     # Files may be ordered class by class, so a subset is drawn at random, the same for every model and every seed.
     order = np.random.default_rng(common.SPLIT_SEED).permutation(len(data.y_test))
     index = torch.from_numpy(np.sort(order[: args.n]))

@@ -100,7 +100,7 @@ def test_every_variant_trains_and_writes_its_run(runs, trained, name):
 def test_every_attack_on_several_checkpoints_at_once(runs, trained):
     names = ["pgd", "pgd_mhe", "angular_at", "dsphere_cosine"]
     few = ["mta-2", "feature-1", "apgd-ce-5", "apgd-t-3", "fab-t-3", "deepfool-3", "cw-l2-5", "spsa-1", "nes-1"]
-    attacks = [*eval_all.PRESETS["quick"], "bim-20", "mim-20", "adaptive-pgd-20", *few]
+    attacks = [*eval_all.PRESETS["quick"], "bim-20", "mim-20", "adaptive-pgd-20", "pgd-20-fn", *few]
     functions = {eval_all.function_of(eval_all.find_attack(name)) for name in attacks}
     assert functions == {eval_all.function_of(one) for name, one in eval_all.ATTACKS.items() if name not in COSTLY}
     flags = ["--attacks", ",".join(attacks), "--n", "10", "--out", runs / "eval"]

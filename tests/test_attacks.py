@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import common
 import eval_all
+import models
 
 DOUBLE = torch.float64
 
@@ -257,6 +258,26 @@ def test_dropping_with_momentum_moves_each_image_as_if_it_were_alone(linear_mode
     alone = [common.pgd(model, x[i : i + 1], y[i : i + 1], start=x[i : i + 1], **settings) for i in range(len(x))]
     torch.testing.assert_close(together, torch.cat(alone))
     assert 0 < sum(bool((a == b).all()) for a, b in zip(together, x, strict=True)) < len(x)
+
+
+def test_an_attack_with_fn_is_on_the_normalized_features_and_the_model_decides():
+    """HE, Eq. 12: one step along the sign of the gradient of CE(W z~, y), until W z + b is wrong."""
+    torch.manual_seed(0)
+    model = models.build_model("wrn-10-1", 10, 1, image_size=8, head="linear").double().eval()
+    x = torch.rand(6, 1, 8, 8, dtype=DOUBLE)
+    model.fc.bias.data[0] = 10.0  # all images are of class 0, whatever W z~ says
+    x.requires_grad_()
+    z, y = model.features(x), torch.zeros(6, dtype=torch.long)
+    loss = F.cross_entropy(z / z.norm(dim=1, keepdim=True) @ model.fc.weight.T, y, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, x)
+    x = x.detach()
+    budget = dict(eps=0.1, step_size=0.02, steps=1, start=x)
+    with common.attack_mode(model):
+        x_adv = eval_all.pgd_fn(model, x, y, **budget)
+        assert torch.equal(eval_all.pgd_fn(model, x, y + 1, **budget), x)  # is wrong from the start
+        assert not torch.equal(x_adv, eval_all.pgd(model, x, y, **budget))
+    torch.testing.assert_close(x_adv, (x + 0.02 * grad.sign()).clamp(0, 1))
+    assert not model.fc._forward_pre_hooks
 
 
 def test_an_image_is_dropped_only_when_fooled_by_more_than_rounding(linear_model):

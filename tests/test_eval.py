@@ -365,7 +365,7 @@ def test_what_restarts_repeat_is_what_starts_at_random(small_model):
     x = torch.rand(4, 1, 8, 8)
     y, asked = small_model(x).argmax(1), []
     small_model.register_forward_pre_hook(lambda model, inputs: asked.append(inputs[0].detach().clone()))
-    at_random = "noise pgd-1 pgd-1-scaled adaptive-pgd-1 cw-inf-1 mta-1 feature-1 apgd-ce-1 apgd-t-1".split()
+    at_random = "noise pgd-1 pgd-1-scaled pgd-1-fn adaptive-pgd-1 cw-inf-1 mta-1 feature-1 apgd-ce-1 apgd-t-1".split()
     for name in (*at_random, "fgsm", "bim-1", "mim-1", "deepfool-1", "fab-t-1", "cw-l2-1"):
         attack, met = eval_all.find_attack(name), []
         for seed in (0, 1):
@@ -517,10 +517,12 @@ def test_what_a_model_of_the_user_cannot_serve_is_left_out_or_refused_before_the
         "import torch\n\n\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
     )
     model = ["--model", f"{tmp_path / 'mine.py'}:make", "--dataset", make_npz(shape=(8, 8)), "--out", tmp_path / "out"]
-    assert "feature" in eval_all.named_attacks("all") and "feature" not in eval_all.named_attacks("all", features=False)
-    assert "feature" not in eval_all.named_attacks("paper", ("pgd_he", ""), "mnist", features=False)
-    assert "feature" in eval_all.named_attacks("feature,quick", features=False)
+    unfit = dict.fromkeys((eval_all.feature, eval_all.pgd_fn), "it lacks something")
+    assert {"feature", "pgd-20-fn"} == {*eval_all.named_attacks("all")} - {*eval_all.named_attacks("all", unfit=unfit)}
+    assert "feature" not in eval_all.named_attacks("paper", ("pgd_he", ""), "mnist", unfit=unfit)
+    assert "feature" in eval_all.named_attacks("feature,quick", unfit=unfit)
     for flags, complaint in (
+        (["--attacks", "pgd-3-fn"], "needs a model with a linear last layer fc, and mine:make has none"),
         (["--attacks", "feature"], "needs a model with features(x)"),
         (["--attacks", "fgsm", "--analyze", "features"], "needs a model with features"),
         (["--attacks", "fgsm", "--analyze", "angles"], "needs a model with features"),
