@@ -2445,7 +2445,8 @@ def plot_results(results: list[dict], path: Path) -> None:
 # --report DIR fills in the text DIR/report.md from the eval.json and verdicts.npz of all models in DIR. The folder of a
 # model is NAME-sSEED; all evaluations in it count, each attack on the most images it was made on. The text may say
 #
-#     {NAME on ATTACK}                 accuracy and interval; ATTACK + ATTACK is the worst case over both
+#     {NAME on ATTACK}                 accuracy and interval; ATTACK + ATTACK is the worst case over both; NAME-sSEED
+#                                      is one network
 #     {NAME vs OTHER on ATTACK}        both, and whether McNemar's test tells them apart, image by image
 #     {NAME - OTHER on ATTACK}         their difference in points: bold if it is one, in italics if of one seed
 #     {NAME on audit}, {NAME on angles}
@@ -2813,8 +2814,15 @@ def draw_grid(path: Path, about: str, rows: list[list[str]], found: Evaluations)
     plt.close(figure)
 
 
+def seeds_of(found: Evaluations, name: str) -> Seeds:
+    """All that NAME has; of NAME-sSEED this one."""
+    base, _, seed = name.rpartition("-s")
+    one = found.get(base, {}).get(int(seed)) if seed.isdigit() else None
+    return {int(seed): one} if one else found.get(name, {})
+
+
 def one_figure(found: Evaluations, name: str, attack: str) -> str:
-    seeds = found.get(name, {})
+    seeds = seeds_of(found, name)
     if attack == AUDIT and seeds:
         return audit_verdict(seeds)
     measured = [angles for model in seeds.values() if (angles := model.facts["analyses"].get("angles"))]

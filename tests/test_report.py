@@ -27,6 +27,7 @@ It stands {toy/one on pgd-20}, {toy/one on pgd-20 + square},
 toy/two on pgd-20}, {toy/one vs toy/one on clean}.
 They are {toy/one - toy/two on pgd-20} apart.
 Its audit {toy/one on audit}; {toy/one on angles}.
+Seed 1 stands {toy/one-s1 on pgd-20}.
 ```compare clean, pgd-20, square
 One over two | toy/one vs toy/two | -, 25, -
 Both seeds | toy/one vs toy/also | -, 25, -
@@ -132,6 +133,7 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     two = f"40.00 ± {eval_all.wilson(40, 100)[1] - 40:.2f}"
     assert f"| Two `two` | 1 | {clean} | {two} |  | {two} | not made |" in text and "Never run" not in text
     assert f"It stands 65.00 ({low:.2f} - {high:.2f}), 37.50 (" in text
+    assert f"Seed 1 stands 70.00 ({eval_all.wilson(70, 100)[0]:.2f} - {high:.2f})." in text
     assert "60.00 against 40.00 (more: p < 0.001; n = 100, seed 0), " in text
     assert "95.00 against 95.00 (no difference shown: p 1, 1; n = 100, seeds 0, 1)" in text
     assert "audit fails 0 and 1 of 3; class weights 90.5 to 100.0 degrees apart, features 5.0 off" in text
