@@ -854,6 +854,7 @@ ATTACKS: dict[str, Attack] = {
     "autoattack": autoattack,
     "autoattack-official": autoattack_official,
 }
+# What --restarts repeats.
 START_AT_RANDOM = (noise, pgd, pgd_scaled, pgd_fn, adaptive_pgd, cw_inf, mta, feature, apgd, apgd_targeted)
 BLACK_BOX = (square, spsa, nes, zoo, rays)
 NEAREST = (fab_targeted, deepfool, cw_l2)  # their result may lie outside the ball, and then counts as no success

@@ -20,9 +20,9 @@ annealing go together, a row of its Table 2, the paper does not say: --loss is o
 
 Images are taken as they are in natural training and moved to [-1, 1] in adversarial training. A patch of zeros has no
 direction, and the smallest change turns it anywhere: on MNIST, which is black, PGD training on the images as they are
-stayed at chance (benchmarks/by_hand.md). With
-images standardized the background passes through zero within eps 0.3, and a network that stood at 86 % under PGD-7
-stood at 8 % under PGD-100 of short steps. In [-1, 1] no black or white pixel gets there.
+stayed at chance. With images standardized the background passes through zero within eps 0.3, and a network that stood
+at 86 % under PGD-7 stood at 8 % under PGD-100 of short steps (benchmarks/by_hand.md). In [-1, 1] no black or white
+pixel gets there.
 
     python train_dsphere.py                                    # cosine, W-Softmax, on the bundled digits
     python train_dsphere.py --dataset mnist --correlation quadratic --loss wm --train pgd
