@@ -51,11 +51,12 @@ free                  he             train_free_he.py --head linear --limit 2000
 free-he               he             train_free_he.py --limit 20000
 free-mhe              he             train_free_he.py --head mhe --limit 20000
 cnn-fgsm              sphere+float32 train_dsphere.py --correlation inner --train fgsm $robust
+cnn-fgsm-short        sphere+float32 train_dsphere.py --correlation inner --train fgsm --limit 20000 --epochs 2 --eps-warmup 2 --schedule constant
 dsphere-fgsm          sphere+float32 train_dsphere.py --train fgsm $robust
-dsphere-wm-fgsm       few+float32    train_dsphere.py --loss wm --train fgsm $robust
+dsphere-wm-fgsm       sphere+float32 train_dsphere.py --loss wm --train fgsm $robust
 dsphere-wm-quad-fgsm  few+float32    train_dsphere.py --loss wm --correlation quadratic --train fgsm $robust
 dsphere-anneal-fgsm   few+float32    train_dsphere.py --loss annealing --train fgsm $robust
-dsphere-wm-trunc-fgsm few+float32    train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
+dsphere-wm-trunc-fgsm sphere+float32 train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
 cnn-pgd               sphere         train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
 dsphere-pgd           sphere         train_dsphere.py --train pgd --schedule cosine $robust
 dsphere-wm-pgd        few            train_dsphere.py --loss wm --train pgd --schedule cosine $robust
