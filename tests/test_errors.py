@@ -227,7 +227,9 @@ def test_the_shell_sees_exit_code_2_and_one_line():
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "unknown dataset" in result.stderr
 
 
-@pytest.mark.parametrize("dataset, source", [("digits", "ours"), ("cifar10", "HE, Sec. 4"), ("mine.npz", "ours")])
+@pytest.mark.parametrize(
+    "dataset, source", [("digits", "ours"), ("cifar10", "HE, Sec. 4, and its code"), ("mine.npz", "ours")]
+)
 def test_help_shows_the_defaults_in_force_and_their_source(cli, dataset, source):
     code, out, _ = cli("train_pgd_he", "--dataset", dataset, "--head", "mhe", "--help")
     expected = vars(train_pgd_he.parse_args(["--dataset", dataset, "--head", "mhe"]))
