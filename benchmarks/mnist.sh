@@ -54,7 +54,7 @@ cnn-fgsm              sphere+float32 train_dsphere.py --correlation inner --trai
 cnn-fgsm-short        sphere+float32 train_dsphere.py --correlation inner --train fgsm --limit 20000 --epochs 2 --eps-warmup 2 --schedule constant
 dsphere-fgsm          sphere+float32 train_dsphere.py --train fgsm $robust
 dsphere-wm-fgsm       sphere+float32 train_dsphere.py --loss wm --train fgsm $robust
-dsphere-wm-quad-fgsm  few+float32    train_dsphere.py --loss wm --correlation quadratic --train fgsm $robust
+dsphere-wm-quad-fgsm  sphere+float32 train_dsphere.py --loss wm --correlation quadratic --train fgsm $robust
 dsphere-anneal-fgsm   few+float32    train_dsphere.py --loss annealing --train fgsm $robust
 dsphere-wm-trunc-fgsm sphere+float32 train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
 cnn-pgd               sphere         train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
