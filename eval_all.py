@@ -2836,14 +2836,10 @@ def one_figure(found: Evaluations, name: str, attack: str) -> str:
 
 def matched(found: Evaluations, name: str, other: str) -> dict[str, tuple[Evaluated, Evaluated]]:
     """The models of both for each seed that both have; of NAME-sSEED and OTHER-sSEED these two."""
-    single = [re.fullmatch(r"(.+)-s(\d+)", one) for one in (name, other)]
-    if all(single):
-        (name, seed), (other, against) = (match.groups() for match in single)
-        seeds = {f"{seed} over {against}": (int(seed), int(against))}
-    else:
-        seeds = {str(seed): (seed, seed) for seed in sorted(found.get(name, {}))}
-    pairs = {label: (found.get(name, {}).get(a), found.get(other, {}).get(b)) for label, (a, b) in seeds.items()}
-    return {label: pair for label, pair in pairs.items() if None not in pair}
+    ours, theirs = seeds_of(found, name), seeds_of(found, other)
+    if name not in found and other not in found:
+        return {f"{a} over {b}": (ours[a], theirs[b]) for a in ours for b in theirs}
+    return {str(seed): (ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
 
 
 def paired(a: Tensor, b: Tensor) -> dict:

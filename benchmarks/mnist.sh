@@ -100,8 +100,9 @@ evaluations() { # row, kind
     sphere+float32 | few+float32) results=$results-float32 evaluate "$1" "$1/float32" --n 500 --attacks pgd-100@0.01 ;;
     abcl) evaluate "$1" "$1/appendix" --attacks bim-20,fgsm-l2 ;;
     esac
-    case $1 in # one network a method
+    case $1 in
     cnn-s[0-9]*) evaluate "$1" "$1/table7" --attacks pgd-1@0.075,pgd-1-fn@0.075,pgd-2@0.075,pgd-2-fn@0.075 ;;
+    # one network a method
     pgd-s0 | pgd-he-s0 | angular-s0 | weightpen-s0 | mmc-s0)
         evaluate "$1" "$1/curves" --n 500 --attacks clean --analyze curves ;;
     esac
