@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -125,6 +126,8 @@ def join_ranks(device: str) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not many_ranks():
         if torch.device(device).type == "cuda":
             torch.cuda.set_device(device)
+        # Imported after it, as by an optimizer, this module's functions would keep the group beyond leave_ranks.
+        import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")
@@ -142,7 +145,10 @@ def first_rank_first() -> Iterator[None]:
 
 
 def leave_ranks() -> None:
-    """Wait for the first rank, which writes the results: a rank that exits with its last exchange in hand may abort."""
+    """Wait for the first rank, which writes the results, and end the group's threads.
+
+    A thread that still holds its last exchange of tensors while Python shuts down aborts the process.
+    """
     if many_ranks():
         dist.barrier()
         dist.destroy_process_group()

@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 EXACT = ("--optimizer", "sgd", "--lr", "0.01", "--no-amp", "--eps-warmup", "0", "--batch-size", "32")
 
 
-def run(script, *flags, ranks=1):
+def run(script, *flags, ranks=1, **environment):
     """The script's finished process, alone or under torchrun, which is free to choose its port."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"] if ranks > 1 else []
     command = [sys.executable, *launcher, ROOT / script, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -126,6 +126,24 @@ def test_two_ranks_evaluate_to_the_bytes_of_one(tmp_path):
     assert tables[0] == tables[1] and tables[0][2] == 1
     assert (tmp_path / "by1" / "verdicts.npz").read_bytes() == (tmp_path / "by2" / "verdicts.npz").read_bytes()
     assert np.load(tmp_path / "by2" / "verdicts.npz")["square"].dtype == bool
+
+
+def test_the_group_ends_before_python_does(tmp_path):
+    """Its threads would otherwise abort the process now and then."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+import sys, weakref
+import torch
+import common
+common.join_ranks("cpu")
+torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # imports much of torch
+group = weakref.ref(torch.distributed.group.WORLD)
+assert group() is not None
+common.leave_ranks()
+sys.exit(group() is not None)
+""")
+    done = run(script, ranks=2, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_graph_of_the_attack_outlives_it(small_model):
