@@ -55,14 +55,14 @@ cnn-fgsm-short        sphere+float32 train_dsphere.py --correlation inner --trai
 dsphere-fgsm          sphere+float32 train_dsphere.py --train fgsm $robust
 dsphere-wm-fgsm       sphere+float32 train_dsphere.py --loss wm --train fgsm $robust
 dsphere-wm-quad-fgsm  sphere+float32 train_dsphere.py --loss wm --correlation quadratic --train fgsm $robust
-dsphere-anneal-fgsm   few+float32    train_dsphere.py --loss annealing --train fgsm $robust
+dsphere-anneal-fgsm   sphere+float32 train_dsphere.py --loss annealing --train fgsm $robust
 dsphere-wm-trunc-fgsm sphere+float32 train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
 cnn-pgd               sphere         train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
 dsphere-pgd           sphere         train_dsphere.py --train pgd --schedule cosine $robust
 dsphere-wm-pgd        few            train_dsphere.py --loss wm --train pgd --schedule cosine $robust
 dsphere-wm-quad-pgd   few            train_dsphere.py --loss wm --correlation quadratic --train pgd --schedule cosine $robust
 dsphere-anneal-pgd    few            train_dsphere.py --loss annealing --train pgd --schedule cosine $robust
-dsphere-wm-trunc-pgd  few            train_dsphere.py --loss wm --correlation truncated --train pgd --schedule cosine $robust
+dsphere-wm-trunc-pgd  sphere         train_dsphere.py --loss wm --correlation truncated --train pgd --schedule cosine $robust
 "
 
 evaluations() { # row, kind
@@ -97,7 +97,7 @@ evaluations() { # row, kind
         evaluate "$1" "$1/table4-slow" --n 100 --attacks mta-200@0.01,cw-l2
         ;;
     at+float32) results=$results-float32 evaluate "$1" "$1/float32" --attacks $fast ;; # what bfloat16 would have missed
-    sphere+float32 | few+float32) results=$results-float32 evaluate "$1" "$1/float32" --n 500 --attacks pgd-100@0.01 ;;
+    sphere+float32) results=$results-float32 evaluate "$1" "$1/float32" --n 500 --attacks pgd-100@0.01 ;;
     abcl) evaluate "$1" "$1/appendix" --attacks bim-20,fgsm-l2 ;;
     esac
     case $1 in
