@@ -59,9 +59,9 @@ dsphere-anneal-fgsm   sphere+float32 train_dsphere.py --loss annealing --train f
 dsphere-wm-trunc-fgsm sphere+float32 train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
 cnn-pgd               sphere         train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
 dsphere-pgd           sphere         train_dsphere.py --train pgd --schedule cosine $robust
-dsphere-wm-pgd        few            train_dsphere.py --loss wm --train pgd --schedule cosine $robust
+dsphere-wm-pgd        sphere         train_dsphere.py --loss wm --train pgd --schedule cosine $robust
 dsphere-wm-quad-pgd   few            train_dsphere.py --loss wm --correlation quadratic --train pgd --schedule cosine $robust
-dsphere-anneal-pgd    few            train_dsphere.py --loss annealing --train pgd --schedule cosine $robust
+dsphere-anneal-pgd    sphere         train_dsphere.py --loss annealing --train pgd --schedule cosine $robust
 dsphere-wm-trunc-pgd  sphere         train_dsphere.py --loss wm --correlation truncated --train pgd --schedule cosine $robust
 "
 
