@@ -1899,8 +1899,9 @@ def gradient_norms(model: nn.Module, x: Tensor, y: Tensor) -> tuple[list[str], T
 def gradient_norm_ratio(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> dict:
     """E(||grad_w L(x*)|| / ||grad_w L(x)||) over the images, by layer w, L the training loss (HE, Fig. 3).
 
-    Returns `layers`, and for each `mean`, the paper's figure, and `median`, which no single image can move; n, and
-    `left_out`: images whose clean gradient is 0 in float32, where there is no ratio.
+    Returns `layers`, and for each `mean`, the paper's figure, and `median`, which no single image can move, with `low`
+    and `high`, the ends of its 95 % interval: two of the ordered ratios; n, and `left_out`: images whose clean gradient
+    is 0 in float32, where there is no ratio.
     """
     model.eval()
     layers, clean = gradient_norms(model, x, y)
@@ -1909,9 +1910,34 @@ def gradient_norm_ratio(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -
     ratio = adversarial[defined] / clean[defined]
     if not len(ratio):
         raise common.UserError("the loss has no gradient on any clean image, so no ratio to it")
-    mean, median = ratio.mean(0).tolist(), ratio.median(0).values.tolist()
-    left_out = int((~defined).sum())
-    return {"layers": layers, "mean": mean, "median": median, "n": len(ratio), "left_out": left_out}
+    first, last = median_interval(len(ratio))
+    ordered = ratio.sort(0).values
+    figures = {"mean": ratio.mean(0), "median": ratio.median(0).values, "low": ordered[first], "high": ordered[last]}
+    figures = {name: by_layer.tolist() for name, by_layer in figures.items()}
+    return {"layers": layers, **figures, "n": len(ratio), "left_out": int((~defined).sum())}
+
+
+def median_interval(n: int) -> tuple[int, int]:
+    """Which two of n ordered values, counted from 0, enclose the median of their distribution with at least 95 %; of
+    fewer than 6 the outer ones, which do so less often."""
+    tails = itertools.accumulate(math.comb(n, k) for k in range(n // 2))  # times 2^-n: at most k values are below it
+    first = max(0, sum(40 * tail <= 2**n for tail in tails) - 1)
+    return first, n - 1 - first
+
+
+def plot_medians(axis: object, result: dict, style: str, label: str, offset: float = 0.0) -> None:
+    """The median ratio by layer and its interval, a line a layer."""
+    median, low, high = (np.array(result[key]) for key in ("median", "low", "high"))
+    reach = {"xerr": [median - low, high - median], "capsize": 2, "linewidth": 1, "markersize": 4}
+    axis.errorbar(median, np.arange(len(median)) + offset, fmt=style, label=label, **reach)
+
+
+def name_layers(axis: object, layers: list[str]) -> None:
+    """The layers from the first, on top, to the last, and what is drawn of them."""
+    axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set(yticks=range(len(layers)), yticklabels=layers, ylim=(len(layers) - 0.5, -0.5))
+    axis.set_xlabel("gradient norm, adversarial / clean")
+    axis.grid(axis="x", alpha=0.3)
 
 
 def plot_gradient_norm_ratio(result: dict, path: Path) -> None:
@@ -1919,15 +1945,12 @@ def plot_gradient_norm_ratio(result: dict, path: Path) -> None:
     plt = pyplot()
     places = range(len(result["layers"]))
     figure, axis = plt.subplots(figsize=(5, 0.9 + 0.24 * len(places)), layout="constrained")
-    axis.hlines(places, result["median"], result["mean"], color="lightgray", linewidth=2, zorder=1)
     axis.plot(result["mean"], places, "o", label="mean")
-    axis.plot(result["median"], places, "D", markerfacecolor="white", label="median")
-    axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    plot_medians(axis, result, "D", "median, 95 % interval")
+    name_layers(axis, result["layers"])
     wide = max(result["mean"]) > 20 * min(result["median"])
-    axis.set(yticks=places, yticklabels=result["layers"], ylim=(len(places) - 0.5, -0.5))
-    axis.set(xscale="log" if wide else "linear", xlabel="gradient norm, adversarial / clean")
-    axis.grid(axis="x", alpha=0.3)
-    axis.legend(title=f"n = {result['n']}", title_fontsize=8, fontsize=8)
+    axis.set_xscale("log" if wide else "linear")
+    figure.legend(title=f"n = {result['n']}", title_fontsize=8, fontsize=8, loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -2450,7 +2473,7 @@ def plot_results(results: list[dict], path: Path) -> None:
 #                                      is one network
 #     {NAME vs OTHER on ATTACK}        both, and whether McNemar's test tells them apart, image by image
 #     {NAME - OTHER on ATTACK}         their difference in points: bold if it is one, in italics if of one seed
-#     {NAME on audit}, {NAME on angles}
+#     {NAME on audit}, {NAME on angles}, {NAME on gradients}: the last by layer, from the least to the largest median
 #     {runs of PREFIX by COMMAND}      how each model whose NAME begins so was made; COMMAND makes it anew
 #     ```table ATTACK, ATTACK, ...     then a line a row: label | NAME | the paper's figures, in the columns' order
 #     ```compare ATTACK, ATTACK, ...   then a line a row: label | NAME vs OTHER | the paper's differences; NAME-sSEED vs
@@ -2459,6 +2482,7 @@ def plot_results(results: list[dict], path: Path) -> None:
 #     ```lines FILE.png ATTACK; AXIS   then a line a row: label | NAME, with * for the value | the values, along AXIS
 #     ```grid FILE.png ATTACK; AXIS    the same rows as a grid of cells
 #     ```curves FILE.png eps           rows label | NAME: by eps, steps or restarts what --analyze curves found
+#     ```gradients FILE.png ABOUT      the same rows: what --analyze gradients found, by layer
 #
 # In the heads of blocks an ATTACK is one, no `A + B`. A column of a table may also be `audit`, or `worst case`: on the
 # images that its columns share, over all attacks in the ball of the evaluation that every seed faced there, with a
@@ -2581,6 +2605,10 @@ def check_same_ball(models: Iterable[Evaluated]) -> None:
         raise ValueError(f"evaluations with {' and with '.join(sorted(ways))} are put side by side")
 
 
+def in_setting(dataset: str, ball: dict) -> str:
+    return f"{TITLES.get(dataset, dataset)}, {NORMS[ball['norm']]} eps {ball['eps']:.3g}"
+
+
 def over_seeds(seeds: Seeds, attack: str) -> dict | None:
     """accuracy, its low and high end in %, n, and the `setting` in words; None where not all seeds were attacked so."""
     check_same_ball(seeds.values())
@@ -2589,13 +2617,13 @@ def over_seeds(seeds: Seeds, attack: str) -> dict | None:
         return None
     rows = [accuracy_of(torch.from_numpy(own.right)) for own in verdicts]
     first = next(iter(seeds.values()))
-    dataset, ball = first.facts["dataset"], first.rows.get(attack, first.facts)  # cw-l2 and fgsm-l2 have their own
+    ball = first.rows.get(attack, first.facts)  # cw-l2 and fgsm-l2 have their own
     return {
         "accuracy": statistics.fmean(row["accuracy"] for row in rows),
         "low": min(row["low"] for row in rows),
         "high": max(row["high"] for row in rows),
         "n": min(row["n"] for row in rows),
-        "setting": f"{TITLES.get(dataset, dataset)}, {NORMS[ball['norm']]} eps {ball['eps']:.3g}",
+        "setting": in_setting(first.facts["dataset"], ball),
     }
 
 
@@ -2774,11 +2802,11 @@ def draw_curves(path: Path, varied: str, rows: list[list[str]], found: Evaluatio
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     settings = set()
     for (label, name, *_), marker in zip(rows, itertools.cycle("os^Dv"), strict=False):
-        models = [model.facts for model in found.get(name, {}).values() if "curves" in model.facts["analyses"]]
-        curves = models[0]["analyses"]["curves"] if models else {"axes": {}}
+        facts = first_with(found, name, "curves").facts
+        curves = facts["analyses"]["curves"]
         if varied not in curves["axes"]:
             raise ValueError(f"there is no curve of {name} by {varied}")
-        curve, n, dataset = curves["axes"][varied], curves["n"], models[0]["dataset"]
+        curve, n, dataset = curves["axes"][varied], curves["n"], facts["dataset"]
         ball = NORMS[curves["norm"]] + f" eps {curves['eps']:.3g}" * (varied != "eps")
         settings.add(f"{TITLES.get(dataset, dataset)}, {ball}, n = {n:,}")
         accuracies = [accuracy_from(right, n) for right in np.min(list(curve["right"].values()), axis=0)]
@@ -2788,6 +2816,25 @@ def draw_curves(path: Path, varied: str, rows: list[list[str]], found: Evaluatio
     axis.set(xlabel=varied, ylabel=f"accuracy (%)\n{settings.pop()}", ylim=(0, 101))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def draw_gradients(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
+    """The medians of --analyze gradients by layer, a marker a row, of its first seed that has them."""
+    plt = pyplot()
+    models = [first_with(found, name, "gradients") for _, name, *_ in rows]
+    check_same_ball(models)
+    ratios = [model.facts["analyses"]["gradients"] for model in models]
+    layers, facts = ratios[0]["layers"], models[0].facts
+    if any(ratio["layers"] != layers for ratio in ratios):
+        raise ValueError("networks of other layers are put side by side")
+    figure, axis = plt.subplots(figsize=(6, 1.2 + 0.28 * len(layers)), layout="constrained")
+    for i, ((label, *_), ratio, style) in enumerate(zip(rows, ratios, itertools.cycle("osD^v"), strict=False)):
+        plot_medians(axis, ratio, style, label, 0.5 * ((i + 0.5) / len(rows) - 0.5))
+    name_layers(axis, layers)
+    axis.set_xlabel(f"{axis.get_xlabel()}, median\n{in_setting(facts['dataset'], facts)}, n = {sizes(ratios)}")
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=200)
     plt.close(figure)
 
@@ -2822,6 +2869,14 @@ def seeds_of(found: Evaluations, name: str) -> Seeds:
     return {int(seed): one} if one else found.get(name, {})
 
 
+def first_with(found: Evaluations, name: str, analysis: str) -> Evaluated:
+    """The network of NAME's first seed that --analyze ANALYSIS was asked of. Raises ValueError."""
+    models = [model for model in seeds_of(found, name).values() if analysis in model.facts["analyses"]]
+    if not models:
+        raise ValueError(f"of {name} there are no {analysis}")
+    return models[0]
+
+
 def one_figure(found: Evaluations, name: str, attack: str) -> str:
     seeds = seeds_of(found, name)
     if attack == AUDIT and seeds:
@@ -2829,6 +2884,9 @@ def one_figure(found: Evaluations, name: str, attack: str) -> str:
     measured = [angles for model in seeds.values() if (angles := model.facts["analyses"].get("angles"))]
     if attack == "angles" and measured:
         return describe_angles({key: statistics.fmean(one[key] for one in measured) for key in measured[0]})
+    if attack == "gradients":
+        medians = first_with(found, name, attack).facts["analyses"][attack]["median"]
+        return f"{min(medians):.2f} to {max(medians):.2f}"
     if row := over_seeds(complete(seeds, attack.split(" + ")), attack):
         return f"{row['accuracy']:.2f} ({interval(row)})"
     raise common.UserError(f"report.md: there is no evaluation of {name} under {attack}")
@@ -2928,6 +2986,9 @@ def runs_table(found: Evaluations, prefix: str, command: str) -> str:
     return as_table(heads, lines)
 
 
+DRAW = {"dots": draw_dots, "lines": draw_lines, "grid": draw_grid, "curves": draw_curves, "gradients": draw_gradients}
+
+
 def fill_in(text: str, found: Evaluations, out: Path) -> str:
     """report.md with its figures; pictures are drawn beside `out`."""
 
@@ -2943,8 +3004,7 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
             if not name.endswith(".png"):
                 raise ValueError(f"{name!r} is no FILE.png")
             (out.parent / name).parent.mkdir(parents=True, exist_ok=True)
-            draw = {"dots": draw_dots, "lines": draw_lines, "grid": draw_grid, "curves": draw_curves}[kind]
-            draw(out.parent / name, about, rows, found)
+            DRAW[kind](out.parent / name, about, rows, found)
         except (ValueError, IndexError, OSError, common.UserError) as error:
             raise common.UserError(f"report.md: {kind} {first}: {error}") from None
         return f"![{about}]({name})"
@@ -2963,7 +3023,8 @@ def fill_in(text: str, found: Evaluations, out: Path) -> str:
     def runs(match: re.Match) -> str:
         return runs_table(found, match[1], " ".join(match[2].split()))
 
-    text = re.sub(r"^```(table|compare|dots|lines|grid|curves) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
+    kinds = "|".join(("table", "compare", *DRAW))
+    text = re.sub(rf"^```({kinds}) (.*?)^```$", block, text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"\{(\S+)(?:\s+(vs|-)\s+(\S+))?\s+on\s+([^}]+)\}", figure, text)
     return re.sub(r"\{runs of (\S+)\s+by\s+([^}]+)\}", runs, text)
 

@@ -35,6 +35,9 @@ evaluations() { # row, kind
         evaluate "$1" "$1/autoattack" --n 250 --attacks autoattack
         ;;
     esac
+    case $1 in # one network a method
+    pgd-s0 | pgd-he-s0) evaluate "$1" "$1/gradients" --n 500 --attacks clean --analyze gradients ;;
+    esac
 }
 
 do_rows "$@"

@@ -17,6 +17,9 @@ trades                at             train_trades_he.py --head linear $robust
 trades-he             at             train_trades_he.py $robust
 pgd-mhe               he             train_pgd_he.py --head mhe $robust
 trades-mhe            he             train_trades_he.py --head mhe $robust
+pgd-fn                he             train_pgd_he.py --no-wn --margin 0 $robust
+pgd-wn                he             train_pgd_he.py --no-fn --margin 0 $robust
+pgd-fn-wn             he             train_pgd_he.py --margin 0 $robust
 angular-none          at             train_angular_at.py --alpha 0 --beta 0 $robust
 angular-wfc           at             train_angular_at.py --beta 0 $robust
 angular-sep           at             train_angular_at.py --alpha 0 $robust

@@ -334,6 +334,20 @@ def test_gradient_norm_ratio_is_that_of_a_direct_computation():
     assert result["layers"] == ["1", "3"] and (result["n"], result["left_out"]) == (4, 0)
     assert result["mean"] == pytest.approx(ratios.mean(0).tolist(), rel=1e-4)
     assert result["median"] == pytest.approx(ratios.median(0).values.tolist(), rel=1e-4)
+    assert result["low"] == pytest.approx(ratios.amin(0).tolist(), rel=1e-4)  # of four, the interval is all of them
+    assert result["high"] == pytest.approx(ratios.amax(0).tolist(), rel=1e-4)
+
+
+def test_few_values_are_all_in_their_medians_interval():
+    assert [eval_all.median_interval(n) for n in range(1, 6)] == [(0, n - 1) for n in range(1, 6)]
+
+
+@pytest.mark.parametrize("n", [6, 7, 10, 57, 99, 100, 500])
+def test_the_interval_of_a_median_covers_it(n):
+    """The median is above k of the n values as often as k of n coins fall heads up."""
+    first, last = eval_all.median_interval(n)
+    covered = [sum(math.comb(n, k) for k in range(first + i, last + 2 - i)) / 2**n for i in (1, 2)]
+    assert first + last == n - 1 and covered[0] >= 0.95 > covered[1]  # the narrowest
 
 
 def test_images_without_a_clean_gradient_have_no_ratio(linear_model):

@@ -48,6 +48,10 @@ s = 2 | toy/step* | 2,1
 ```curves figures/curves.png eps
 One | toy/one
 ```
+```gradients figures/gradients.png by layer
+One | toy/one
+```
+Their ratios are {toy/one on gradients}.
 {runs of toy/ by toys.sh
 --redo}
 """
@@ -98,6 +102,8 @@ def results(tmp_path):
         few = np.array([10, 40, 65, 99])
         audit = [{"check": c, "figures": "", "passed": seed == 0 or c != "c"} for c in "abc"]
         found = {"angles": {"smallest": 90.0 + seed, "largest": 100.0, "within": 5.0}}
+        ratios = {"median": [1.5, 1.2], "low": [1.0, 1.0], "high": [2.0, 2.0]}
+        found["gradients"] = {"layers": ["conv", "fc"], "n": 50 + seed, **ratios}
         if seed:
             found["curves"] = {
                 "n": 100,
@@ -144,13 +150,14 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     assert f"| Both seeds | 0, 1 | **+86.00 ± {clean}** | **+56.00 ± {pgd}** <sub>25</sub> |  |" in text
     one = f"+0.00 ± {none} | *+10.00 ± {reach(10, ends(10, 0, 100))}* | +0.00 ± {reach(0, ends(0, 0, 4))}"
     assert f"| One seed over the other | 1 over 0 | {one} |" in text
-    assert f"They are *+20.00 ± {some}* apart." in text
+    assert f"They are *+20.00 ± {some}* apart." in text and "Their ratios are 1.20 to 1.50." in text
     assert "worst case<br>n = 4 / 100 |" in text and "*No row of this table has been evaluated yet.*" in text
     for about, name in (
         ("clean, pgd-20", "dots"),
         ("pgd-20; steps", "lines"),
         ("clean; margin", "grid"),
         ("eps", "curves"),
+        ("by layer", "gradients"),
     ):
         assert f"![{about}](figures/{name}.png)" in text and (tmp_path / f"figures/{name}.png").stat().st_size > 5000
     cli("eval_all", "--report", results, "--out", tmp_path / "again.md")
@@ -184,6 +191,11 @@ def test_the_figures_draw_each_rows_own_accuracies_and_intervals(results, tmp_pa
         assert told[0].tolist() == counts
         reach = [[abs(of(count)[end] - count) for count in counts] for end in ("low", "high")]
         np.testing.assert_allclose(style["xerr"], reach)
+    del drawn["errorbar"]
+    eval_all.draw_gradients(tmp_path / "d.png", "", [["One", "toy/one"], ["Again", "toy/one-s1"]], found)
+    for (told, style), place in zip(drawn["errorbar"], (-0.125, 0.125), strict=True):  # a network at a time
+        assert told[0].tolist() == [1.5, 1.2] and told[1].tolist() == [place, 1 + place]
+        np.testing.assert_allclose(style["xerr"], [[0.5, 0.2], [0.5, 0.8]])
     eval_all.draw_grid(tmp_path / "b.png", "pgd-20; steps", [["Steps", "toy/step*", "1,2"]], found)
     assert drawn["imshow"][0][0][0].tolist() == [[51, 52]]
     eval_all.draw_lines(tmp_path / "c.png", "pgd-20; steps", [["Steps", "toy/step*", "1,2"]], found)
@@ -312,6 +324,20 @@ def two_curves(path):
     says("```curves a.png eps\na | toy/one\nb | toy/two\n```")(path)
 
 
+def other_layers(path):
+    """Of a network of one layer beside one of two."""
+    ratio = {"layers": ["fc"], "median": [1.5], "low": [1.0], "high": [2.0], "n": 50}
+    rewrite(path / "toy/two-s0", analyses={"gradients": ratio})
+    says("```gradients a.png\na | toy/one\nb | toy/two\n```")(path)
+
+
+def other_ball(path):
+    """Of two networks whose examples are from other balls."""
+    analyses = json.loads((path / "toy/one-s0/strong/eval.json").read_text())["analyses"]
+    rewrite(path / "other/net-s0", analyses=analyses)
+    says("```gradients a.png\na | toy/one\nb | other/net\n```")(path)
+
+
 def says(text):
     return lambda path: (path / "report.md").write_text(text)
 
@@ -340,8 +366,12 @@ def says(text):
     (says("```lines a.png clean; x\n```"), "no LABEL | NAME | FIGURES"),
     (says("```dots a.png clean\na | toy/no\n```"), "dots a.png clean: "),
     (says("```lines a.png clean; x\na | toy/one\n```"), "lines a.png clean; x: "),
-    (says("```curves a.png eps\na | toy/two\n```"), "no curve of toy/two by eps"),
+    (says("```curves a.png eps\na | toy/two\n```"), "of toy/two there are no curves"),
     (says("```curves a.png time\na | toy/one\n```"), "no curve of toy/one by time"),
+    (says("```gradients a.png\na | toy/two\n```"), "of toy/two there are no gradients"),
+    (says("{toy/two on gradients}"), "of toy/two there are no gradients"),
+    (other_layers, "networks of other layers are put side by side"),
+    (other_ball, "put side by side"),
     (two_curves, "n = 100 and of toy, Linf, n = 200 are put side by side"),
     (lambda path: write_evaluation(path / "toy/two-s0/l2", {"clean": first(9, 10)}, norm="l2"), "its norm is not that"),
     (lambda path: write_evaluation(path / "toy/two-s0/x", {"clean": first(9, 10)}, weights="ab"), "its weights is not"),
