@@ -63,13 +63,13 @@ dsphere-wm-trunc-fgsm sphere+float32 train_dsphere.py --loss wm --correlation tr
 cnn-pgd               sphere         train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
 dsphere-pgd           sphere         train_dsphere.py --train pgd --schedule cosine $robust
 dsphere-wm-pgd        sphere         train_dsphere.py --loss wm --train pgd --schedule cosine $robust
-dsphere-wm-quad-pgd   few            train_dsphere.py --loss wm --correlation quadratic --train pgd --schedule cosine $robust
+dsphere-wm-quad-pgd   sphere         train_dsphere.py --loss wm --correlation quadratic --train pgd --schedule cosine $robust
 dsphere-anneal-pgd    sphere         train_dsphere.py --loss annealing --train pgd --schedule cosine $robust
 dsphere-wm-trunc-pgd  sphere         train_dsphere.py --loss wm --correlation truncated --train pgd --schedule cosine $robust
 "
 
 evaluations() { # row, kind
-    local fast=fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf images="--n 1000 --batch-size 100"
+    local fast=fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf
     [[ $2 == he* ]] || fast+=,pgd-100@0.01 # half of the time, and no column of HE's table
     # An adversarially trained model may be attacked in bfloat16; elsewhere gradients vanish, and there the more so.
     case $2 in
@@ -78,11 +78,10 @@ evaluations() { # row, kind
         evaluate "$1" "$1/strong" --amp --n 1000 --attacks autoattack
         evaluate "$1" "$1/audit" --amp --attacks clean --audit
         ;;
-    sphere* | few*) # their networks take four times as long as small_cnn; small batches stay in the caches
+    sphere*) # their networks take four times as long as small_cnn; small batches stay in the caches
         evaluate "$1" "$1/fast" --amp --attacks fgsm
         evaluate "$1" "$1/pgd" --amp --n 2000 --attacks pgd-100@0.01
-        [[ $2 == sphere* ]] || images="--n 200"
-        evaluate "$1" "$1/strong" --amp $images --attacks autoattack
+        evaluate "$1" "$1/strong" --amp --n 1000 --batch-size 100 --attacks autoattack
         evaluate "$1" "$1/audit" --amp --attacks clean --audit
         ;;
     speed) evaluate "$1" "$1/fast" --amp --attacks pgd-20,cw-inf ;;
