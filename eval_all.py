@@ -1900,16 +1900,17 @@ def gradient_norm_ratio(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -
     """E(||grad_w L(x*)|| / ||grad_w L(x)||) over the images, by layer w, L the training loss (HE, Fig. 3).
 
     Returns `layers`, and for each `mean`, the paper's figure, and `median`, which no single image can move, with `low`
-    and `high`, the ends of its 95 % interval: two of the ordered ratios; n, and `left_out`: images whose clean gradient
-    is 0 in float32, where there is no ratio.
+    and `high`, the ends of its 95 % interval: two of the ordered ratios; n, and `left_out`: images that have no ratio,
+    as their clean gradient is 0 in float32, or one of the two is not finite.
     """
     model.eval()
     layers, clean = gradient_norms(model, x, y)
     _, adversarial = gradient_norms(model, x_adv, y)
-    defined = (clean > 0).all(1)
-    ratio = adversarial[defined] / clean[defined]
+    ratio = adversarial / clean
+    defined = (clean.isfinite() & ratio.isfinite()).all(1)
+    ratio = ratio[defined]
     if not len(ratio):
-        raise common.UserError("the loss has no gradient on any clean image, so no ratio to it")
+        raise common.UserError("on no clean image has the loss a finite gradient other than 0, so no ratio to it")
     first, last = median_interval(len(ratio))
     ordered = ratio.sort(0).values
     figures = {"mean": ratio.mean(0), "median": ratio.median(0).values, "low": ordered[first], "high": ordered[last]}
@@ -1918,9 +1919,10 @@ def gradient_norm_ratio(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -
 
 
 def median_interval(n: int) -> tuple[int, int]:
-    """Which two of n ordered values, counted from 0, enclose the median of their distribution with at least 95 %; of
-    fewer than 6 the outer ones, which do so less often."""
-    tails = itertools.accumulate(math.comb(n, k) for k in range(n // 2))  # times 2^-n: at most k values are below it
+    """Which two of n ordered values, counted from 0, enclose the median of their distribution with a probability of at
+    least 95 %; of fewer than 6 the outer ones, which do so less often."""
+    # 2^n times the probability that at most k of the values are below the median
+    tails = itertools.accumulate(math.comb(n, k) for k in range(n // 2))
     first = max(0, sum(40 * tail <= 2**n for tail in tails) - 1)
     return first, n - 1 - first
 
@@ -1932,11 +1934,13 @@ def plot_medians(axis: object, result: dict, style: str, label: str, offset: flo
     axis.errorbar(median, np.arange(len(median)) + offset, fmt=style, label=label, **reach)
 
 
-def name_layers(axis: object, layers: list[str]) -> None:
+def ratio_axis(axis: object, ratios: list[dict], about: str = "") -> None:
     """The layers from the first, on top, to the last, and what is drawn of them."""
+    layers = ratios[0]["layers"]
+    wide = max(max(own["mean"]) for own in ratios) > 20 * min(min(own["median"]) for own in ratios)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set(yticks=range(len(layers)), yticklabels=layers, ylim=(len(layers) - 0.5, -0.5))
-    axis.set_xlabel("gradient norm, adversarial / clean")
+    axis.set(xscale="log" if wide else "linear", xlabel=f"gradient norm, adversarial / clean{about}")
     axis.grid(axis="x", alpha=0.3)
 
 
@@ -1947,9 +1951,7 @@ def plot_gradient_norm_ratio(result: dict, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(5, 0.9 + 0.24 * len(places)), layout="constrained")
     axis.plot(result["mean"], places, "o", label="mean")
     plot_medians(axis, result, "D", "median, 95 % interval")
-    name_layers(axis, result["layers"])
-    wide = max(result["mean"]) > 20 * min(result["median"])
-    axis.set_xscale("log" if wide else "linear")
+    ratio_axis(axis, [result])
     figure.legend(title=f"n = {result['n']}", title_fontsize=8, fontsize=8, loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -2473,7 +2475,8 @@ def plot_results(results: list[dict], path: Path) -> None:
 #                                      is one network
 #     {NAME vs OTHER on ATTACK}        both, and whether McNemar's test tells them apart, image by image
 #     {NAME - OTHER on ATTACK}         their difference in points: bold if it is one, in italics if of one seed
-#     {NAME on audit}, {NAME on angles}, {NAME on gradients}: the last by layer, from the least to the largest median
+#     {NAME on audit}, {NAME on angles}
+#     {NAME on gradients}              the least and the largest median over the layers, and mean; of the first seed
 #     {runs of PREFIX by COMMAND}      how each model whose NAME begins so was made; COMMAND makes it anew
 #     ```table ATTACK, ATTACK, ...     then a line a row: label | NAME | the paper's figures, in the columns' order
 #     ```compare ATTACK, ATTACK, ...   then a line a row: label | NAME vs OTHER | the paper's differences; NAME-sSEED vs
@@ -2482,7 +2485,7 @@ def plot_results(results: list[dict], path: Path) -> None:
 #     ```lines FILE.png ATTACK; AXIS   then a line a row: label | NAME, with * for the value | the values, along AXIS
 #     ```grid FILE.png ATTACK; AXIS    the same rows as a grid of cells
 #     ```curves FILE.png eps           rows label | NAME: by eps, steps or restarts what --analyze curves found
-#     ```gradients FILE.png ABOUT      the same rows: what --analyze gradients found, by layer
+#     ```gradients FILE.png ABOUT      the same rows: what --analyze gradients found, by layer, of the first seed
 #
 # In the heads of blocks an ATTACK is one, no `A + B`. A column of a table may also be `audit`, or `worst case`: on the
 # images that its columns share, over all attacks in the ball of the evaluation that every seed faced there, with a
@@ -2820,20 +2823,32 @@ def draw_curves(path: Path, varied: str, rows: list[list[str]], found: Evaluatio
     plt.close(figure)
 
 
+def ratios_of(found: Evaluations, name: str) -> dict:
+    """What --analyze gradients found of NAME's first seed that has it. Raises ValueError."""
+    ratios = first_with(found, name, "gradients").facts["analyses"]["gradients"]
+    try:
+        lists = [ratios[key] for key in ("layers", "mean", "median", "low", "high")]
+        whole = len({len(own) for own in lists}) == 1 and len(lists[0]) > 0 and isinstance(ratios["n"], int)
+    except (KeyError, TypeError):  # of an earlier version, say
+        whole = False
+    if not whole:
+        raise ValueError(f"the gradients of {name} lack a figure of a layer: evaluate it anew")
+    return ratios
+
+
 def draw_gradients(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
     """The medians of --analyze gradients by layer, a marker a row, of its first seed that has them."""
     plt = pyplot()
+    ratios = [ratios_of(found, name) for _, name, *_ in rows]
+    if any(own["layers"] != ratios[0]["layers"] for own in ratios):
+        raise ValueError("networks of other layers are put side by side")
     models = [first_with(found, name, "gradients") for _, name, *_ in rows]
     check_same_ball(models)
-    ratios = [model.facts["analyses"]["gradients"] for model in models]
-    layers, facts = ratios[0]["layers"], models[0].facts
-    if any(ratio["layers"] != layers for ratio in ratios):
-        raise ValueError("networks of other layers are put side by side")
-    figure, axis = plt.subplots(figsize=(6, 1.2 + 0.28 * len(layers)), layout="constrained")
-    for i, ((label, *_), ratio, style) in enumerate(zip(rows, ratios, itertools.cycle("osD^v"), strict=False)):
-        plot_medians(axis, ratio, style, label, 0.5 * ((i + 0.5) / len(rows) - 0.5))
-    name_layers(axis, layers)
-    axis.set_xlabel(f"{axis.get_xlabel()}, median\n{in_setting(facts['dataset'], facts)}, n = {sizes(ratios)}")
+    setting = in_setting(models[0].facts["dataset"], models[0].facts)
+    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.28 * len(ratios[0]["layers"])), layout="constrained")
+    for i, ((label, *_), own, style) in enumerate(zip(rows, ratios, itertools.cycle("osD^v"), strict=False)):
+        plot_medians(axis, own, style, label, 0.5 * ((i + 0.5) / len(rows) - 0.5))
+    ratio_axis(axis, ratios, f": median, 95 % interval\nPGD-20, {setting}, n = {sizes(ratios)}")
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=200)
     plt.close(figure)
@@ -2885,8 +2900,9 @@ def one_figure(found: Evaluations, name: str, attack: str) -> str:
     if attack == "angles" and measured:
         return describe_angles({key: statistics.fmean(one[key] for one in measured) for key in measured[0]})
     if attack == "gradients":
-        medians = first_with(found, name, attack).facts["analyses"][attack]["median"]
-        return f"{min(medians):.2f} to {max(medians):.2f}"
+        ratios = ratios_of(found, name)
+        median, mean = (f"{min(ratios[key]):.2f} to {max(ratios[key]):.2f}" for key in ("median", "mean"))
+        return f"{median} (means {mean}; n = {ratios['n']})"
     if row := over_seeds(complete(seeds, attack.split(" + ")), attack):
         return f"{row['accuracy']:.2f} ({interval(row)})"
     raise common.UserError(f"report.md: there is no evaluation of {name} under {attack}")

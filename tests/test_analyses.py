@@ -338,6 +338,17 @@ def test_gradient_norm_ratio_is_that_of_a_direct_computation():
     assert result["high"] == pytest.approx(ratios.amax(0).tolist(), rel=1e-4)
 
 
+def test_the_interval_of_a_ratio_leaves_its_extremes_out():
+    """Of twelve values it reaches from the third to the tenth: of 12 coins 3 to 9 fall heads up in 96 %."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
+    x, x_adv, y = torch.rand(12, 1, 2, 3), torch.rand(12, 1, 2, 3), torch.arange(12) % 3
+    norms = [eval_all.gradient_norms(model, images, y)[1] for images in (x, x_adv)]
+    ordered = (norms[1] / norms[0]).flatten().sort().values
+    result = gradient_norm_ratio(model, x, x_adv, y)
+    assert result["low"] == [ordered[2].item()] and result["high"] == [ordered[9].item()]
+
+
 def test_few_values_are_all_in_their_medians_interval():
     assert [eval_all.median_interval(n) for n in range(1, 6)] == [(0, n - 1) for n in range(1, 6)]
 
@@ -355,6 +366,18 @@ def test_images_without_a_clean_gradient_have_no_ratio(linear_model):
     x, y = torch.tensor([0.5, 0.0001]).view(2, 1, 1, 1), torch.tensor([0, 0])
     result = gradient_norm_ratio(model, x, x, y)
     assert (result["n"], result["left_out"], result["mean"]) == (1, 1, [1.0])
+
+
+@pytest.mark.parametrize("clean, attacked", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_images_whose_gradients_are_not_finite_have_no_ratio(monkeypatch, clean, attacked):
+    norms = iter([torch.tensor([[clean], [2.0]]), torch.tensor([[attacked], [3.0]])])
+    monkeypatch.setattr(eval_all, "gradient_norms", lambda *_: (["fc"], next(norms)))
+    result = gradient_norm_ratio(nn.Flatten(), None, None, None)
+    figures = [result[key] for key in ("mean", "median", "low", "high")]
+    assert (result["n"], result["left_out"], figures) == (1, 1, [[1.5]] * 4)
+    norms = iter([torch.tensor([[clean]]), torch.tensor([[attacked]])])
+    with pytest.raises(common.UserError, match="no clean image"):
+        gradient_norm_ratio(nn.Flatten(), None, None, None)
 
 
 def test_curves_of_a_linear_model_are_its_margins(linear_model, tmp_path):

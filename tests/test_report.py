@@ -102,7 +102,7 @@ def results(tmp_path):
         few = np.array([10, 40, 65, 99])
         audit = [{"check": c, "figures": "", "passed": seed == 0 or c != "c"} for c in "abc"]
         found = {"angles": {"smallest": 90.0 + seed, "largest": 100.0, "within": 5.0}}
-        ratios = {"median": [1.5, 1.2], "low": [1.0, 1.0], "high": [2.0, 2.0]}
+        ratios = {"mean": [1.6, 1.9], "median": [1.5 + seed, 1.2], "low": [1.0, 1.0], "high": [2.5, 2.0]}
         found["gradients"] = {"layers": ["conv", "fc"], "n": 50 + seed, **ratios}
         if seed:
             found["curves"] = {
@@ -150,7 +150,9 @@ def test_a_report_says_what_the_verdicts_say(cli, results, tmp_path):
     assert f"| Both seeds | 0, 1 | **+86.00 ± {clean}** | **+56.00 ± {pgd}** <sub>25</sub> |  |" in text
     one = f"+0.00 ± {none} | *+10.00 ± {reach(10, ends(10, 0, 100))}* | +0.00 ± {reach(0, ends(0, 0, 4))}"
     assert f"| One seed over the other | 1 over 0 | {one} |" in text
-    assert f"They are *+20.00 ± {some}* apart." in text and "Their ratios are 1.20 to 1.50." in text
+    assert (
+        f"They are *+20.00 ± {some}* apart." in text and "ratios are 1.20 to 1.50 (means 1.60 to 1.90; n = 50)." in text
+    )
     assert "worst case<br>n = 4 / 100 |" in text and "*No row of this table has been evaluated yet.*" in text
     for about, name in (
         ("clean, pgd-20", "dots"),
@@ -184,7 +186,7 @@ def test_the_figures_draw_each_rows_own_accuracies_and_intervals(results, tmp_pa
 
         return record
 
-    for name in ("errorbar", "imshow", "fill_between", "plot"):
+    for name in ("errorbar", "imshow", "fill_between", "plot", "set"):
         monkeypatch.setattr(Axes, name, recorded(name))
     eval_all.draw_dots(tmp_path / "a.png", "clean, pgd-20", [["Two", "toy/two"], ["First", "toy/step1"]], found)
     for (told, style), counts in zip(drawn["errorbar"], ([95, 91], [40, 51]), strict=True):  # an attack at a time
@@ -193,9 +195,13 @@ def test_the_figures_draw_each_rows_own_accuracies_and_intervals(results, tmp_pa
         np.testing.assert_allclose(style["xerr"], reach)
     del drawn["errorbar"]
     eval_all.draw_gradients(tmp_path / "d.png", "", [["One", "toy/one"], ["Again", "toy/one-s1"]], found)
-    for (told, style), place in zip(drawn["errorbar"], (-0.125, 0.125), strict=True):  # a network at a time
-        assert told[0].tolist() == [1.5, 1.2] and told[1].tolist() == [place, 1 + place]
-        np.testing.assert_allclose(style["xerr"], [[0.5, 0.2], [0.5, 0.8]])
+    networks = ("One", -0.125, 1.5), ("Again", 0.125, 2.5)
+    for (told, style), (label, place, median) in zip(drawn["errorbar"], networks, strict=True):
+        assert style["label"] == label and told[0].tolist() == [median, 1.2] and told[1].tolist() == [place, 1 + place]
+        np.testing.assert_allclose(style["xerr"], [[median - 1, 0.2], [2.5 - median, 0.8]])
+    axis = {key: value for _, told in drawn["set"][-2:] for key, value in told.items()}
+    assert list(axis["yticks"]) == [0, 1] and axis["yticklabels"] == ["conv", "fc"] and axis["ylim"] == (1.5, -0.5)
+    assert axis["xscale"] == "linear" and axis["xlabel"].endswith("PGD-20, toy, Linf eps 0.3, n = 50 / 51")
     eval_all.draw_grid(tmp_path / "b.png", "pgd-20; steps", [["Steps", "toy/step*", "1,2"]], found)
     assert drawn["imshow"][0][0][0].tolist() == [[51, 52]]
     eval_all.draw_lines(tmp_path / "c.png", "pgd-20; steps", [["Steps", "toy/step*", "1,2"]], found)
@@ -324,10 +330,19 @@ def two_curves(path):
     says("```curves a.png eps\na | toy/one\nb | toy/two\n```")(path)
 
 
+def gradients(**ratios):
+    """Of toy/two, and that the report asks for them."""
+
+    def write(path):
+        rewrite(path / "toy/two-s0", analyses={"gradients": ratios or None})
+        says("{toy/two on gradients}")(path)
+
+    return write
+
+
 def other_layers(path):
     """Of a network of one layer beside one of two."""
-    ratio = {"layers": ["fc"], "median": [1.5], "low": [1.0], "high": [2.0], "n": 50}
-    rewrite(path / "toy/two-s0", analyses={"gradients": ratio})
+    gradients(layers=["fc"], mean=[1.5], median=[1.5], low=[1.0], high=[2.0], n=50)(path)
     says("```gradients a.png\na | toy/one\nb | toy/two\n```")(path)
 
 
@@ -370,6 +385,9 @@ def says(text):
     (says("```curves a.png time\na | toy/one\n```"), "no curve of toy/one by time"),
     (says("```gradients a.png\na | toy/two\n```"), "of toy/two there are no gradients"),
     (says("{toy/two on gradients}"), "of toy/two there are no gradients"),
+    (gradients(), "the gradients of toy/two lack a figure of a layer: evaluate it anew"),
+    (gradients(layers=["fc"], mean=[1.5], median=[1.5], n=50), "lack a figure of a layer"),
+    (gradients(layers=["fc"], mean=[1.5], median=[1.5], low=[1.0], high=[2.0, 2.0], n=50), "lack a figure of a layer"),
     (other_layers, "networks of other layers are put side by side"),
     (other_ball, "put side by side"),
     (two_curves, "n = 100 and of toy, Linf, n = 200 are put side by side"),
