@@ -2609,6 +2609,7 @@ def check_same_ball(models: Iterable[Evaluated]) -> None:
 
 
 def in_setting(dataset: str, ball: dict) -> str:
+    """The dataset's title and the ball, a row's or a network's `norm` and `eps`."""
     return f"{TITLES.get(dataset, dataset)}, {NORMS[ball['norm']]} eps {ball['eps']:.3g}"
 
 
@@ -2823,9 +2824,9 @@ def draw_curves(path: Path, varied: str, rows: list[list[str]], found: Evaluatio
     plt.close(figure)
 
 
-def ratios_of(found: Evaluations, name: str) -> dict:
-    """What --analyze gradients found of NAME's first seed that has it. Raises ValueError."""
-    ratios = first_with(found, name, "gradients").facts["analyses"]["gradients"]
+def ratios_of(model: Evaluated, name: str) -> dict:
+    """What --analyze gradients found of a network of NAME. Raises ValueError where that is not whole."""
+    ratios = model.facts["analyses"]["gradients"]
     try:
         lists = [ratios[key] for key in ("layers", "mean", "median", "low", "high")]
         whole = len({len(own) for own in lists}) == 1 and len(lists[0]) > 0 and isinstance(ratios["n"], int)
@@ -2839,11 +2840,12 @@ def ratios_of(found: Evaluations, name: str) -> dict:
 def draw_gradients(path: Path, about: str, rows: list[list[str]], found: Evaluations) -> None:
     """The medians of --analyze gradients by layer, a marker a row, of its first seed that has them."""
     plt = pyplot()
-    ratios = [ratios_of(found, name) for _, name, *_ in rows]
+    names = [name for _, name, *_ in rows]
+    models = [first_with(found, name, "gradients") for name in names]
+    check_same_ball(models)
+    ratios = [ratios_of(model, name) for model, name in zip(models, names, strict=True)]
     if any(own["layers"] != ratios[0]["layers"] for own in ratios):
         raise ValueError("networks of other layers are put side by side")
-    models = [first_with(found, name, "gradients") for _, name, *_ in rows]
-    check_same_ball(models)
     setting = in_setting(models[0].facts["dataset"], models[0].facts)
     figure, axis = plt.subplots(figsize=(7, 1.2 + 0.28 * len(ratios[0]["layers"])), layout="constrained")
     for i, ((label, *_), own, style) in enumerate(zip(rows, ratios, itertools.cycle("osD^v"), strict=False)):
@@ -2900,7 +2902,7 @@ def one_figure(found: Evaluations, name: str, attack: str) -> str:
     if attack == "angles" and measured:
         return describe_angles({key: statistics.fmean(one[key] for one in measured) for key in measured[0]})
     if attack == "gradients":
-        ratios = ratios_of(found, name)
+        ratios = ratios_of(first_with(found, name, attack), name)
         median, mean = (f"{min(ratios[key]):.2f} to {max(ratios[key]):.2f}" for key in ("median", "mean"))
         return f"{median} (means {mean}; n = {ratios['n']})"
     if row := over_seeds(complete(seeds, attack.split(" + ")), attack):
