@@ -1,0 +1,349 @@
+"""Write RESULTS.md and its figures from the template RESULTS.md.j2 and the evaluations in results/.
+
+    python benchmarks/report.py
+
+A model is named DATASET/NAME for all its seeds, DATASET/NAME-sSEED for one of them; all evaluations in the folder
+results/DATASET/NAME-sSEED count, each attack on the most images it was run on. `A + B` in place of an attack is the
+worst case over both, image by image.
+
+Accuracies are in %, intervals are 95 %: Wilson (1927) for an accuracy, Agresti & Min (2005) for the difference of two
+networks on the same images. Over several seeds we give the mean, and the interval from the lowest end of any seed to
+the highest. Two models differ if the exact McNemar test has p < 0.05 for every seed and the worst seed of one is better
+than the best seed of the other. Such a difference is bold, or in italics if there is only one seed.
+"""
+
+import json
+from collections import ChainMap
+from collections.abc import Callable
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import binomtest, norm
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTING = ("dataset", "norm", "eps", "step_size", "restarts")  # must be equal for accuracies that stand side by side
+TITLES = {"mnist": "MNIST", "cifar10_jpeg": "CIFAR-10 (JPEG copy)", "linf": "Linf", "l2": "L2"}
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+
+
+def read_evaluation(path: Path) -> dict:
+    """An eval.json, and as "verdicts" for each attack an int8 array by index in the test set: 1 if the prediction is
+    still correct, 0 if not, -1 if the image was not attacked. Of an analysis.json only the "analyses"."""
+    try:
+        result = json.loads(path.read_text().replace('"right":', '"correct":'))  # older files say right
+        if path.name == "analysis.json":
+            return {"n": result["n"], "attacks": {}, "analyses": next(iter(result["models"].values()))}
+        with np.load(path.with_name("verdicts.npz")) as arrays:
+            result |= {"n": len(arrays["index"]), "verdicts": {}}
+            for attack in result["attacks"].keys() - {"worst case"}:
+                verdict = result["verdicts"][attack] = np.full(50_000, -1, dtype=np.int8)  # no test set is larger
+                verdict[arrays["index"]] = arrays[attack]
+                if result["attacks"][attack]["correct"] != (verdict == 1).sum():
+                    raise ValueError(f"verdicts.npz contradicts it on {attack}")
+    except Exception as error:  # whatever a damaged file leads to; the message must name the file
+        raise ValueError(f"{path}: not the evaluation of one model: {error!r}") from error
+    return result
+
+
+class Network:
+    """All evaluations of one network. Of an attack or analysis that was made twice, the one on more images counts."""
+
+    def __init__(self, name: str, evaluations: list[dict]) -> None:
+        for key in (*SETTING, "weights"):
+            if len({own[key] for own in evaluations if own.get(key) is not None}) > 1:
+                raise ValueError(f"the evaluations of {name} differ in {key}")
+        self.name, self.facts = name, ChainMap(*reversed(evaluations))
+        self.seconds = sum(row.get("seconds", 0) for own in evaluations for row in own["attacks"].values())
+        evaluations = sorted(evaluations, key=lambda own: own["n"], reverse=True)
+        merged = lambda key: dict(ChainMap(*(own.get(key) or {} for own in evaluations)))  # noqa: E731
+        self.attacks, self.verdicts, self.analyses = map(merged, ("attacks", "verdicts", "analyses"))
+
+    def under(self, attack: str) -> np.ndarray:
+        """The verdicts under an attack, or under all of `A + B`."""
+        names = attack.split(" + ")
+        if missing := set(names) - self.verdicts.keys():
+            raise ValueError(f"there is no evaluation of {self.name} under {', '.join(sorted(missing))}")
+        return np.min([self.verdicts[name] for name in names], axis=0)
+
+
+class Results(dict[str, dict[int, Network]]):
+    """The networks of each DATASET/NAME and DATASET/NAME-sSEED, by seed."""
+
+    def __init__(self, folder: Path) -> None:
+        evaluations = {}
+        for path in sorted(folder.glob("*/*-s[0-9]*/**/*.json")):
+            evaluations.setdefault("/".join(path.relative_to(folder).parts[:2]), []).append(read_evaluation(path))
+        for model, own in evaluations.items():
+            name, _, seed = model.rpartition("-s")
+            self[model] = {int(seed): Network(model, own)}
+            self.setdefault(name, {}).update(self[model])
+
+    def __missing__(self, model: str) -> dict[int, Network]:
+        raise ValueError(f"there is no evaluation of {model}")
+
+    def rows(self, models: list[str], attacks: list[str]) -> list[dict[int, Network]]:
+        """The seeds of each model, without those that lack an attack which another seed of it has."""
+        rows = []
+        for seeds in (self[model] for model in models):
+            made = {attack for attack in attacks for network in seeds.values() if attack in network.verdicts}
+            rows.append({seed: network for seed, network in seeds.items() if made <= network.verdicts.keys()})
+        settings = {tuple(network.facts.get(key) for key in SETTING) for seeds in rows for network in seeds.values()}
+        if len(settings) > 1:
+            raise ValueError(f"{', '.join(models)} are not comparable, {', '.join(SETTING)} are {settings}")
+        return rows
+
+    def analyses(self, model: str, name: str) -> list[dict]:
+        """What an analysis measured, for each seed that has it."""
+        found = [network.analyses[name] for network in self[model].values() if name in network.analyses]
+        if not found:
+            raise ValueError(f"there is no evaluation of {model} with {name}")
+        return found
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+class Estimate(NamedTuple):
+    """An accuracy in %, a difference in points or a median; its 95 % interval and the number of images."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def half_width(self) -> float:
+        return max(self.high - self.value, self.value - self.low)  # the longer side
+
+
+def over_seeds(estimates: list[Estimate]) -> Estimate:
+    value, low, high, n = zip(*estimates, strict=True)
+    return Estimate(fmean(value), min(low), max(high), min(n))
+
+
+def accuracy(correct: int, n: int) -> Estimate:
+    interval = binomtest(correct, n).proportion_ci(method="wilson")
+    return Estimate(100 * correct / n, 100 * interval.low, 100 * interval.high, n)
+
+
+def accuracy_under(seeds: dict[int, Network], attack: str, columns: tuple[str, ...] = ()) -> Estimate:
+    """Accuracy over the seeds. The worst case is over all attacks in the ball, in `columns` or not, that every seed
+    faced on all images which those in `columns` share."""
+    if attack == "worst case":
+        faced = []
+        for network in seeds.values():
+            ball = {key: network.facts[key] for key in ("norm", "eps")}  # cw-l2, for example, has its own
+            inside = {name for name in network.verdicts if ball.items() <= network.attacks[name].items()}
+            shared = network.under(" + ".join(inside & set(columns))) >= 0
+            faced.append({name for name in inside if (network.verdicts[name][shared] >= 0).all()})
+        attack = " + ".join(set.intersection(*faced))
+    runs = [network.under(attack) for network in seeds.values()]
+    return over_seeds([accuracy(int((run == 1).sum()), int((run >= 0).sum())) for run in runs])
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
+    """Accuracy of a minus that of b, both (N,) bool on the same images: in points with its interval (Wald's, with half
+    an image more in both discordant cells), and p of the exact two-sided McNemar test."""
+    gained, lost, n = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
+    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    spread = norm.ppf(0.975) * np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2))
+    low, high = (100 * (gained - lost + side * spread) / (n + 2) for side in (-1, 1))
+    return Estimate(100 * (gained - lost) / n, low, high, n), p
+
+
+# -------------------------------------------------------------------------------------------------- text and tables
+
+
+def acc(results: Results, model: str, attack: str) -> str:
+    """Accuracy and its interval."""
+    (seeds,) = results.rows([model], attack.split(" + "))
+    return "{:.2f} ({:.2f} - {:.2f})".format(*accuracy_under(seeds, attack))
+
+
+def difference(results: Results, a: str, b: str, attack: str) -> dict[str, str]:
+    """Accuracy of a minus that of b in "points" and as a "sentence", for the "seeds" that both have, or, if they share
+    none, for each seed of a and each of b."""
+    ours, theirs = results.rows([a, b], attack.split(" + "))
+    pairs = {str(seed): (ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
+    pairs = pairs or {f"{s} over {t}": (ours[s], theirs[t]) for s in ours for t in theirs}
+    runs = [np.stack([network.under(attack) for network in pair]) for pair in pairs.values()]
+    runs = [pair[:, (pair >= 0).all(axis=0)] == 1 for pair in runs]  # on the images that both have
+    x, y = ([100 * int(pair[i].sum()) / pair.shape[1] for pair in runs] for i in (0, 1))
+    differences, p = zip(*(paired_difference(*pair) for pair in runs), strict=True)
+    total = over_seeds(differences)._replace(value=fmean(x) - fmean(y))
+    verdict, mark = "no difference shown", ""
+    if max(p) < 0.05 and (min(x) > max(y) or max(x) < min(y)):
+        verdict, mark = "more" if min(x) > max(y) else "less", "*" if len(pairs) == 1 else "**"
+    chances = ", ".join("< 0.001" if chance < 0.001 else f"{chance:.2g}" for chance in p)
+    seeds = ", ".join(pairs)
+    about = f"{verdict}: p {chances}; n = {total.n:,}, seed{'s' * (len(pairs) > 1)} {seeds}"
+    points = f"{mark}{round(total.value, 2) + 0.0:+.2f} ± {total.half_width:.2f}{mark}"  # + 0.0: no -0.00
+    return {"seeds": seeds, "points": points, "sentence": f"{fmean(x):.2f} against {fmean(y):.2f} ({about})"}
+
+
+def audit(results: Results, model: str) -> str:
+    """How many checks of the audit failed, for each seed."""
+    audits = [network.facts.get("audit") for network in results[model].values()]
+    if not all(audits):
+        return "not made"
+    failed = [sum(not check["passed"] for check in checks) for checks in audits]
+    return f"fails {' and '.join(map(str, failed))} of {len(audits[0])}" if any(failed) else "passes"
+
+
+def markdown(heads: list[str], rows: list[list[str]], paper: list[list[float | None]], form: str) -> str:
+    """A table with the columns label, seeds and `heads`; in those the paper's figures in small type."""
+    lines = [["", "seeds", *heads], ["---"] * (len(heads) + 2)]
+    for row, figures in zip(rows, paper, strict=True):
+        small = ["" if figure is None else f" <sub>{figure:{form}}</sub>" for figure in figures]
+        lines.append([(cell + figure).strip() for cell, figure in zip_longest(row, ["", "", *small], fillvalue="")])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def images(estimates: list[Estimate]) -> str:
+    return f"n = {' / '.join(f'{n:,}' for n in sorted({estimate.n for estimate in estimates}))}"
+
+
+def table(results: Results, columns: list[str], rows: list[tuple]) -> str:
+    """Accuracies. Rows are label, model, and the paper's figure for each column, none where it has none."""
+    found = results.rows([model for _, model, *_ in rows], columns)
+    lines, estimates = [], {column: [] for column in columns}
+    for (label, model, *_), seeds in zip(rows, found, strict=True):
+        lines.append([f"{label} `{Path(model).name}`", str(len(seeds))])
+        for column in columns:
+            text = audit(results, model) if column == "audit" else ""
+            if column == "worst case" or all(column in network.verdicts for network in seeds.values()):
+                estimates[column].append(accuracy_under(seeds, column, columns))
+                text = f"{estimates[column][-1].value:.2f} ± {estimates[column][-1].half_width:.2f}"
+            lines[-1].append(text)
+    if unknown := [column for column in columns if not estimates[column] and column != "audit"]:
+        raise ValueError(f"no model of this table was evaluated under {', '.join(unknown)}")
+    heads = [f"{column}<br>{images(own)}" if own else column for column, own in estimates.items()]
+    return markdown(heads, lines, [paper for _, _, *paper in rows], ".2f")
+
+
+def compare(results: Results, attacks: list[str], rows: list[tuple]) -> str:
+    """Differences in points. Rows are label, two models, and the paper's difference for each attack."""
+    lines = []
+    for label, a, b, *_ in rows:
+        cells = [difference(results, a, b, attack) for attack in attacks]
+        seeds = " / ".join(dict.fromkeys(cell["seeds"] for cell in cells))
+        lines.append([label, seeds, *(cell["points"] for cell in cells)])
+    return markdown(attacks, lines, [paper for _, _, _, *paper in rows], "+.2f")
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def setting(results: Results, models: list[str], with_eps: bool = True) -> str:
+    facts = next(iter(results.rows(models, [])[0].values())).facts
+    eps = f" eps {facts['eps']:.3g}" if with_eps else ""
+    return f"{TITLES.get(facts['dataset'], facts['dataset'])}, {TITLES[facts['norm']]}{eps}"
+
+
+def save(figure: Figure, path: Path, title: str) -> str:
+    """The Markdown link to the saved figure."""
+    figure.savefig(path, dpi=200)
+    return f"![{title}](figures/{path.name})"
+
+
+def plot(at: list, series: dict[str, list[Estimate]], xlabel: str, ylabel: str = "") -> Figure:
+    """Each series has an estimate for each of `at`, which are numbers along x, or labels from the top down."""
+    labels = isinstance(at[0], str)
+    figure = Figure(figsize=(7, 1.1 + 0.36 * len(at)) if labels else (6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for i, ((name, estimates), marker) in enumerate(zip(series.items(), "osD^v", strict=False)):
+        value, low, high = np.array(estimates)[:, :3].T
+        error = [value - low, high - value]
+        style = {"label": name, "marker": marker, "markersize": 4, "linewidth": 1, "capsize": 2}
+        if labels:
+            places = np.arange(len(at)) + 0.6 * ((i + 0.5) / len(series) - 0.5)  # intervals must not hide each other
+            axis.errorbar(value, places, xerr=error, linestyle="", **style)
+            axis.set(yticks=range(len(at)), yticklabels=at, ylim=(len(at) - 0.5, -0.5))
+        else:
+            axis.errorbar(at, value, yerr=error, **style)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
+    return figure
+
+
+def heatmap(at: list, series: dict[str, list[Estimate]], xlabel: str, label: str) -> Figure:
+    figure = Figure(figsize=(1.7 + 0.9 * len(at), 1.2 + 0.5 * len(series)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow([[cell.value for cell in cells] for cells in series.values()], alpha=0.6, aspect="auto")
+    for i, cells in enumerate(series.values()):
+        for j, cell in enumerate(cells):
+            axis.text(j, i, f"{cell.value:.1f}\n± {cell.half_width:.1f}", ha="center", va="center", fontsize=8)
+    axis.set(xticks=range(len(at)), xticklabels=at, yticks=range(len(series)), yticklabels=series, xlabel=xlabel)
+    figure.colorbar(image, label=label)
+    return figure
+
+
+def dots(results: Results, out: Path, name: str, columns: list[str], rows: list[tuple]) -> str:
+    """Accuracies: a line a row (label, model), a marker an attack."""
+    labels, models = zip(*rows, strict=True)
+    found, series = results.rows(models, columns), {}
+    for column in columns:
+        estimates = [accuracy_under(seeds, column, columns) for seeds in found]
+        series[f"{column}, {images(estimates)}"] = estimates
+    figure = plot(labels, series, f"accuracy (%); {setting(results, models)}")
+    return save(figure, out / name, ", ".join(columns))
+
+
+def sweep(draw: Callable, results: Results, out: Path, name: str, attack: str, x: str, values: list, rows: list) -> str:
+    """Accuracy against what is varied, drawn by plot or heatmap. Rows are label and model, with * for the value."""
+    models = [model.replace("*", str(value)) for _, model in rows for value in values]
+    flat = [accuracy_under(seeds, attack) for seeds in results.rows(models, [attack])]
+    series = {label: flat[i * len(values) :][: len(values)] for i, (label, _) in enumerate(rows)}
+    about = f"{setting(results, models)}, {images(flat)}"
+    figure = draw(values, series, x, f"accuracy under {attack} (%)\n{about}")
+    return save(figure, out / name, f"{attack}; {x}")
+
+
+def curves(results: Results, out: Path, name: str, rows: list[tuple]) -> str:
+    """Accuracy by eps under the stronger of the attacks of the analysis. Rows are label and model, its first seed."""
+    series = {}
+    for label, model in rows:
+        found = results.analyses(model, "curves")[0]
+        curve = found.get("axes", found)["eps"]  # "axes" in older files
+        counts = np.min(list(curve["correct"].values()), axis=0)
+        series[label] = [accuracy(int(correct), found["n"]) for correct in counts]
+    about = f"{setting(results, [model for _, model in rows], False)}, {images([own[0] for own in series.values()])}"
+    return save(plot(curve["at"], series, "eps", f"accuracy (%)\n{about}"), out / name, "eps")
+
+
+def gradients(results: Results, out: Path, name: str, rows: list[tuple]) -> str:
+    """Gradient norm by layer, adversarial over clean: medians. Rows are label and model, its first seed."""
+    series = {}
+    for label, model in rows:
+        found = results.analyses(model, "gradients")[0]
+        values = zip(found["median"], found["low"], found["high"], strict=True)
+        series[label] = [Estimate(*own, found["n"]) for own in values]
+    about = f"{setting(results, [model for _, model in rows])}, {images([own[0] for own in series.values()])}"
+    xlabel = f"gradient norm, adversarial / clean: median, 95 % interval\nPGD-20, {about}"
+    return save(plot(found["layers"], series, xlabel), out / name, "gradient norms by layer, adversarial over clean")
+
+
+def main(out: Path = ROOT) -> None:
+    """Write out/RESULTS.md and out/figures/."""
+    results, figures = Results(ROOT / "benchmarks" / "results"), out / "figures"
+    figures.mkdir(exist_ok=True)
+    names = {f.__name__: partial(f, results) for f in (acc, difference, audit, table, compare)}
+    names |= {f.__name__: partial(f, results, figures) for f in (dots, curves, gradients)}
+    names |= {"lines": partial(sweep, plot, results, figures), "heatmap": partial(sweep, heatmap, results, figures)}
+    loader = jinja2.FileSystemLoader(ROOT / "benchmarks")
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    template = environment.get_template("RESULTS.md.j2")
+    (out / "RESULTS.md").write_text(template.render(names, results=results, mean=fmean))
+
+
+if __name__ == "__main__":
+    main()
