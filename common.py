@@ -1,179 +1,93 @@
-"""What the training scripts and eval_all.py share: errors, data, flags, PGD, the margin loss, checkpoints and the Run.
+"""What the training scripts and eval_all.py share: data, flags, PGD, the margin loss, checkpoints and the Run.
 
 Images are float in [0, 1], (B, C, H, W), everywhere outside the model, so eps is always in pixel units (8/255, 0.031).
-A script calls, in this order: training_parser, load_data, build_model, Run, and then its own loop over run.epochs() and
-run.batches().
 """
 
+import os
+
+# Or idle OpenMP threads spin for long and slow down other processes. It counts only if set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import argparse
-import csv
-import ctypes
 import io
 import json
 import math
-import os
-import platform
-import re
-import shlex
 import signal
 import sys
-import threading
 import time
-import weakref
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
+from datetime import timedelta
+from operator import itemgetter
 from pathlib import Path
-from types import ModuleType
+
+import models
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, by an optimizer, it would keep a destroyed group alive
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import models
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two runs in one folder go unnoticed there
-    fcntl = None
-
-# ---------------------------------------------------------------------------------------------------------- errors
+torchvision = models.import_torchvision()
 
 
-STOPS = {signal.SIGINT, signal.SIGTERM}
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-
-
-class UserError(Exception):
-    """Something the user can mend: told in one line on stderr, exit code 2."""
-
-
-class Interrupted(Exception):
-    """A signal stopped the run after a whole batch: told in one line on stderr, exit code 128 + signal."""
-
-    def __init__(self, signal_number: int, told: str):
-        super().__init__(told)
-        self.code = 128 + signal_number
+class UserError(argparse.ArgumentTypeError):
+    """A mistake that the user can fix: one line on stderr, exit code 2."""
 
 
 def cli(main: Callable[[], None]) -> None:
-    """Run a script's main(); faults that a user can mend become one line and exit code 2, Ctrl-C 130, SIGTERM 143."""
-    keep_freed_memory()
-    handlers = {number: signal.getsignal(number) for number in STOPS}
+    """Run a script's main(). What the user can fix becomes one line and exit code 2; Ctrl-C gives exit code 130."""
     try:
         main()
-        leave_ranks()
-    except UserError as error:
-        sys.exit(_complain(f"error: {error}", 2))
-    except OSError as error:
-        sys.exit(_complain(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 2))
-    except torch.OutOfMemoryError as error:
-        remedy = "a smaller --batch-size or, in training, the same one in parts with --accumulate 2"
-        sys.exit(_complain(f"error: the GPU's memory is too small ({str(error)[:80]}...): try {remedy}", 2))
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        sys.exit(_complain(f"error: a process that reads images was killed ({str(error)[:60]}): --resume goes on", 2))
-    except Interrupted as stop:
-        sys.exit(_complain(stop, stop.code))
+        barrier()  # rank 0 may still be writing
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        message = str(error).rpartition("UserError: ")[2]  # one from a DataLoader worker begins with its traceback
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted (the same command goes on, a training script's with --resume)", 130))
+        print("interrupted; the same command continues (a training script's with --resume)", file=sys.stderr)
+        sys.exit(130)
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads could abort the process at exit
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what tensors free for the next ones, and not to ask the kernel for cleared pages each time.
-
-    Every large activation otherwise faults in all its pages anew. What that saves, bench.py measures.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # no other C library has it
-        if mallopt:
-            mallopt(M_MMAP_MAX, 0)
-            mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def _complain(message: object, code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    return code
-
-
-# ----------------------------------------------------------------------------------------------------------- ranks
-# Under torchrun every process, a rank, trains on its part of each batch. All draw the same random numbers for the
-# whole batch, each takes its own of them, and gradients are averaged: so the number of ranks changes nothing but the
-# statistics of batch norm, and these too are those of the whole batch with --sync-bn.
-
-
-def many_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized()
+# ----------------------------------------------------------------------------------------------- ranks and seeds
+# Under torchrun each process, a rank, trains on its part of every batch; gradients are averaged over the ranks.
 
 
 def rank_and_count() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if many_ranks() else (0, 1)
+    """This process's rank and the number of ranks: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def join_ranks(device: str) -> None:
-    """Under torchrun: meet the other ranks. The first one speaks for all."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not many_ranks():
-        if torch.device(device).type == "cuda":
-            torch.cuda.set_device(device)
-        # Imported after it, as by an optimizer, this module's functions would keep the group beyond leave_ranks.
-        import_module("torch.distributed.nn.functional")
-        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")
+def init_distributed(device: str) -> str:
+    """Join the other ranks of torchrun, if there are any; returns this rank's device. Only rank 0 prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
 
 
-@contextmanager
-def first_rank_first() -> Iterator[None]:
-    """The other ranks wait until the first one is through, and has left on the disk what all of them need."""
-    rank, _ = rank_and_count()
-    if rank:
-        dist.barrier()
-    yield
-    if many_ranks() and not rank:
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
         dist.barrier()
 
 
-def leave_ranks() -> None:
-    """Wait for the first rank, which writes the results, and end the group's threads.
-
-    A thread that still holds its last exchange of tensors while Python shuts down aborts the process.
-    """
-    if many_ranks():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def my_rows(whole: Tensor) -> Tensor:
-    """This rank's part of what belongs to a whole batch."""
-    rank, count = rank_and_count()
-    return whole.chunk(count)[rank]
-
-
-def draw(fill: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Random numbers in the shape of x, this rank's images: fill is asked once for the whole batch over all ranks."""
-    return my_rows(fill(x.new_empty(rank_and_count()[1] * len(x), *x.shape[1:])))
-
-
-def _sum_over_ranks(tensor: Tensor) -> Tensor:
-    if many_ranks():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def average(tensors: Sequence[Tensor]) -> None:
-    """Put the mean over all ranks in the place of each tensor."""
-    if many_ranks():
+def all_mean(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over the ranks."""
+    if dist.is_initialized():
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
@@ -181,124 +95,44 @@ def average(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
+def derive_seed(*numbers: int) -> int:
+    """A seed for torch from up to four numbers, such as (seed, epoch, batch, rank); trailing zeros change nothing."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 # ------------------------------------------------------------------------------------------------------------ data
 
-STREAMED = ("tiny-imagenet", "imagenet")  # too large to be held in memory
-KNOWN = ("digits", "mnist", "cifar10", "cifar100", *STREAMED)
+FOLDERS = {"tiny-imagenet": "tiny-imagenet-200", "imagenet": "imagenet"}  # too large for memory: images in files
+KNOWN = ("digits", "mnist", "cifar10", "cifar100", *FOLDERS)
 CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}
-TORCHVISION = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-MOST_CLASSES = 100_000  # a label beyond is taken for a fault in the file
 SPLIT_SEED = 0  # the held-out images, the digits test split and a --limit subset are the same for every --seed
 
 
-class ImageFiles:
-    """RGB images in files, read when they are asked for: to index it gives uint8 (B, 3, H, W), as its tensor would.
+class ImageFiles(Dataset):
+    """RGB images in files: item (row, seed) is uint8 (3, size, size), cropped by the seed; -1 is the test view."""
 
-    `train_view` and `test_view` are torchvision transforms from a PIL image to a uint8 tensor (3, H, W). `workers`
-    processes read at once, None for one a core.
-    """
+    def __init__(self, files: Sequence[str], size: int, train_view: list, test_view: list):
+        v2 = torchvision.transforms.v2
+        self.files, self.shape = np.array(files), (len(files), 3, size, size)  # an array: workers share its memory
+        self.workers: int | None = None  # one per core
+        self.views = [v2.Compose([*view, v2.PILToTensor()]) for view in (train_view, test_view)]
 
-    workers: int | None = None
-
-    def __init__(self, files: list[str], size: int, train_view: Callable, test_view: Callable):
-        self.files = np.array([os.fsencode(file) for file in files])  # workers share it: a list would be copied
-        self.size, self.train_view, self.test_view = size, train_view, test_view
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return len(self), 3, self.size, self.size
-
-    def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        rows = torch.arange(len(self))[rows]
-        images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
-        for some, batch in zip(torch.arange(len(rows)).split(100), self.read(rows.split(100)), strict=True):
-            images[some] = batch
-        return images
-
-    def subset(self, rows: np.ndarray) -> "ImageFiles":
-        return ImageFiles([os.fsdecode(file) for file in self.files[rows]], self.size, self.train_view, self.test_view)
-
-    def read(self, batches: Sequence[Tensor], draws: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
-        """The images of each batch of rows (B,), read ahead by the workers.
-
-        `draws`, a random number for each row, ask for the training view: it follows from the number alone, not from
-        the worker or the order. Raises UserError naming an image that cannot be read.
-        """
-        draws = draws or [torch.full_like(rows, -1) for rows in batches]
-        keys = [list(zip(rows.tolist(), draw.tolist(), strict=True)) for rows, draw in zip(batches, draws, strict=True)]
-        workers = min(cores(), len(keys)) if self.workers is None else self.workers
-        pin = torch.cuda.is_available()
-        loader = DataLoader(
-            _Views(self),
-            batch_sampler=keys,
-            num_workers=workers,
-            collate_fn=_stack_or_fault,
-            worker_init_fn=_leave_the_group,
-            pin_memory=pin,
-            generator=torch.Generator(),  # of its own: the run's generator goes on after a resume as if without it
-        )
-        with _hold_signals():
-            batches_of_images = iter(loader)
-        for images in batches_of_images:
-            if isinstance(images, str):
-                raise UserError(images)
-            yield images
-
-
-class _Views(Dataset):
-    """What a worker does with a key (row, draw): one image, or a line that says what is wrong with its file."""
-
-    def __init__(self, images: ImageFiles):
-        self.images = images
-
-    def __getitem__(self, key: tuple[int, int]) -> Tensor | str:
-        row, draw = key
-        path = os.fsdecode(self.images.files[row])
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        row, seed = key
         try:
-            image = _torchvision().datasets.folder.pil_loader(path)
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(max(draw, 0))
-                image = (self.images.test_view if draw < 0 else self.images.train_view)(image)
+                torch.default_generator.manual_seed(max(seed, 0))
+                return self.views[seed < 0](torchvision.datasets.folder.pil_loader(self.files[row]))
         except Exception as error:  # Pillow raises nearly anything on a damaged file
-            return f"{path}: not a readable image ({error})"
-        if tuple(image.shape) != self.images.shape[1:]:
-            return f"{path}: an image {tuple(image.shape)}, where {self.images.shape[1:]} is needed"
-        return image
+            raise UserError(f"{self.files[row]}: not a readable image ({error})") from None
 
-
-def cores() -> int:
-    """The cores that this process may use, of its machine's: its share, where several ranks run there."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-@contextmanager
-def _hold_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait, here and in processes that are begun meanwhile."""
-    if not hasattr(signal, "pthread_sigmask"):  # not a POSIX system
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave_the_group(worker: int) -> None:
-    """A signal to the run's group of processes must not kill a worker while the run finishes its batch."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-        while held := signal.sigpending() & STOPS:  # the group's, from before this process left it
-            signal.sigwait(held)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-
-
-def _stack_or_fault(images: list[Tensor | str]) -> Tensor | str:
-    return next((fault for fault in images if isinstance(fault, str)), None) or torch.stack(images)
+    def read(self, batches: Sequence[Tensor], seed: int = -1) -> Iterator[Tensor]:
+        """The uint8 images of each batch of rows (B,), read ahead. Raises UserError naming an unreadable image."""
+        keys = [[(row, seed if seed < 0 else seed + row) for row in batch.tolist()] for batch in batches]
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(cores, len(keys)) if self.workers is None else self.workers
+        pin, own = torch.cuda.is_available(), torch.Generator()  # the loader must not draw from the global generator
+        return iter(DataLoader(self, batch_sampler=keys, num_workers=workers, pin_memory=pin, generator=own))
 
 
 @dataclass
@@ -309,225 +143,110 @@ class Data:
     known: str | None  # the known dataset whose defaults apply, if any
     x_train: Tensor | ImageFiles
     y_train: Tensor
-    x_val: Tensor | ImageFiles
-    y_val: Tensor
     x_test: Tensor | ImageFiles
     y_test: Tensor
+    train: Tensor  # rows of x_train that are trained on
+    val: Tensor  # rows of x_train that are held out
     num_classes: int
     source: str  # where it was read from
 
-    @property
-    def in_channels(self) -> int:
-        return self.x_test.shape[1]
-
-    @property
-    def image_size(self) -> int:
-        return self.x_test.shape[2]
+    def __post_init__(self) -> None:
+        self.in_channels, self.image_size = self.x_test.shape[1:3]
 
     def statistics(self) -> dict[str, list[float]]:
-        """mean and std per channel of the training images, in [0, 1], for the model's first layer.
-
-        Images in files are not all read for that: they get the figures in common use for ImageNet.
-        """
+        """mean and std per channel of the training images, in [0, 1]; for images in files those usual for ImageNet."""
         if isinstance(self.x_train, ImageFiles):
             return {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-        counts = [torch.bincount(self.x_train[:, c].flatten(), minlength=256).double() for c in range(self.in_channels)]
-        values = torch.arange(256).double() / 255
-        means = [float(n @ values / n.sum()) for n in counts]
-        variances = [float(n @ (values - mean) ** 2 / n.sum()) for n, mean in zip(counts, means, strict=True)]
-        return {"mean": means, "std": [max(math.sqrt(variance), 1 / 255) for variance in variances]}
+        x = self.x_train[self.train[:10_000]].numpy()  # by numpy: the same on any number of threads
+        return {"mean": (x.mean((0, 2, 3)) / 255).tolist(), "std": (x.std((0, 2, 3)) / 255).clip(1 / 255).tolist()}
 
 
 def known_dataset(name: str) -> str | None:
     """The known dataset that a name or a file's stem begins with: cifar10 for cifar10_jpeg.npz."""
-    stem = Path(name).name.removesuffix(".npz")
-    return max((known for known in KNOWN if stem.startswith(known)), key=len, default=None)
+    return max((known for known in KNOWN if Path(name).name.startswith(known)), key=len, default=None)
 
 
-def _torchvision() -> ModuleType:
-    try:
-        models.import_torchvision()
-        import torchvision.transforms.v2
-
-        return torchvision
-    except ImportError:
-        raise UserError("this dataset needs torchvision: pip install torchvision, or give a FILE.npz") from None
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """x_train, y_train, x_test, y_test of an .npz, checked. Raises UserError naming the file, the array, the fault."""
-    keys = ("x_train", "y_train", "x_test", "y_test")
+def read_npz(path: Path) -> list[np.ndarray]:
+    """x_train, y_train, x_test, y_test of an .npz. Raises UserError naming the file and what is wrong."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            if missing := [key for key in keys if key not in getattr(file, "files", ())]:
-                raise UserError(f"{path}: no array {', '.join(missing)}; it needs {', '.join(keys)}")
-            arrays = {key: file[key] for key in keys}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UserError:
-        raise
+            arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
     except Exception as error:  # numpy and zipfile raise nearly anything on a damaged file
-        raise UserError(f"{path}: not a readable .npz of plain arrays ({error})") from None
-    for split in ("train", "test"):
-        _check_split(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"])
-    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
-        shapes = " and ".join(str(arrays[key].shape[1:]) for key in ("x_train", "x_test"))
-        raise UserError(f"{path}: images of x_train and x_test differ in shape: {shapes}")
+        raise UserError(f"{path}: not an .npz of x_train, y_train, x_test, y_test ({error})") from None
+    for x, y in (arrays[:2], arrays[2:]):
+        square = x.ndim in (3, 4) and x.shape[1] == x.shape[2] and x.shape[3:] in ((), (1,), (3,))
+        if x.dtype != np.uint8 or not square or not x.size or x.shape[1:] != arrays[0].shape[1:]:
+            raise UserError(f"{path}: images {x.dtype} {x.shape}; needed: square uint8 (N, H, W) or (N, H, W, 1 or 3)")
+        if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+            raise UserError(f"{path}: labels {y.dtype} {y.shape}; needed: one integer from 0 per image of {x.shape}")
     return arrays
 
 
-def _check_split(path: Path, split: str, x: np.ndarray, y: np.ndarray) -> None:
-    if x.dtype != np.uint8:
-        raise UserError(f"{path}: x_{split} has dtype {x.dtype}; it must be uint8, values 0 to 255")
-    if not np.issubdtype(y.dtype, np.integer):
-        raise UserError(f"{path}: y_{split} has dtype {y.dtype}; labels must be integers")
-    if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)) or x.shape[1] != x.shape[2]:
-        raise UserError(f"{path}: x_{split} has shape {x.shape}; it must be square, (N, H, W) or (N, H, W, 1 or 3)")
-    if y.shape != x.shape[:1] or not x.size:
-        raise UserError(
-            f"{path}: x_{split} {x.shape} and y_{split} {y.shape}: one label an image, at least one of each"
-        )
-    for label in (y.min(), y.max()):
-        if not 0 <= label < MOST_CLASSES:
-            raise UserError(f"{path}: y_{split} holds the label {label}; labels count from 0 to {MOST_CLASSES - 1}")
+def folder_arrays(name: str, root: Path) -> list[ImageFiles | np.ndarray]:
+    """ROOT/train/CLASS/... and, as test images, ROOT/val/CLASS/..., or Tiny-ImageNet's val/ with its annotations."""
+    v2, flip, val = torchvision.transforms.v2, torchvision.transforms.v2.RandomHorizontalFlip(), root / "val"
+    train = torchvision.datasets.ImageFolder(root / "train")
+    if name == "tiny-imagenet":
+        size, views = 64, ([v2.RandomCrop(64, padding=4), flip], [v2.CenterCrop(64)])
+        lines = [line.split("\t") for line in (val / "val_annotations.txt").read_text().splitlines()]
+        test = [(str(val / "images" / file), train.class_to_idx[wnid]) for file, wnid, *_ in lines]
+    else:
+        size, views = 224, ([v2.RandomResizedCrop(224), flip], [v2.Resize(256), v2.CenterCrop(224)])
+        test = torchvision.datasets.ImageFolder(val)
+        if odd := set(train.classes).symmetric_difference(test.classes):
+            raise UserError(f"{root}: train/ and val/ differ in their classes: only one of them has {min(odd)!r}")
+        test = test.samples
+    (x_train, y_train), (x_test, y_test) = zip(*train.samples, strict=True), zip(*test, strict=True)
+    return [ImageFiles(x_train, size, *views), np.array(y_train), ImageFiles(x_test, size, *views), np.array(y_test)]
 
 
-def digits_arrays() -> dict[str, np.ndarray]:
-    """scikit-learn's 1,797 real handwritten digits, 8x8, 0..16 scaled to 0..255; a fifth of them is the test split."""
-    from sklearn.datasets import load_digits
+def read_arrays(dataset: str, root: Path) -> tuple[list[ImageFiles | np.ndarray], str]:
+    """x_train, y_train, x_test and y_test, images as (N, H, W) or (N, H, W, C), and where they were read from."""
+    path = Path(dataset) if dataset.endswith(".npz") else root / f"{dataset}.npz"
+    if dataset.endswith(".npz") or path.exists():
+        return read_npz(path), str(path)
+    if dataset in FOLDERS:
+        return folder_arrays(dataset, root / FOLDERS[dataset]), str(root / FOLDERS[dataset])
+    if dataset == "digits":  # 1,797 real handwritten digits, 8x8, 0..16 scaled to 0..255; a fifth is the test split
+        from sklearn.datasets import load_digits  # takes a second
 
-    digits = load_digits()
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(digits.target))
-    x = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)
-    y, n_test = digits.target[order], len(order) // 5
-    return {"x_train": x[n_test:], "y_train": y[n_test:], "x_test": x[:n_test], "y_test": y[:n_test]}
-
-
-def torchvision_arrays(name: str, data_dir: Path) -> dict[str, np.ndarray]:
-    """A dataset of torchvision's, downloaded into data_dir where it is not there yet."""
-    dataset = getattr(_torchvision().datasets, TORCHVISION[name])
-    arrays = {}
-    for split in ("train", "test"):
-        try:
-            part = dataset(data_dir, train=split == "train", download=True)
-        except Exception as error:  # a network, a server and half-written files each fail in their own way
-            address = dataset.mirrors[0] if hasattr(dataset, "mirrors") else dataset.url
-            raise UserError(
-                f"dataset {name} could not be read from {data_dir} or downloaded from {address} ({error}): connect to "
-                f"the network, or put {name}.npz or torchvision's whole files there, or pass --dataset FILE.npz"
-            ) from None
-        arrays[f"x_{split}"], arrays[f"y_{split}"] = np.asarray(part.data), np.asarray(part.targets)
-    return arrays
-
-
-def image_folder(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
-    """torchvision's listing of FOLDER/CLASS/...: pairs of a file and its class, and the classes' names, sorted."""
+        digits = load_digits()
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(digits.target))
+        x, y = np.round(digits.images[order] * (255 / 16)).astype(np.uint8), digits.target[order]
+        return [x[len(x) // 5 :], y[len(x) // 5 :], x[: len(x) // 5], y[: len(x) // 5]], "scikit-learn"
+    if dataset not in CLASSES:
+        raise UserError(f"unknown dataset {dataset!r}: choose {', '.join(KNOWN)} or a FILE.npz (no {path} either)")
+    if rank_and_count()[0]:
+        barrier()  # rank 0 downloads
     try:
-        found = _torchvision().datasets.ImageFolder(folder)
-        return found.samples, found.classes
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: not a folder of one folder of images for each class ({error})") from None
-
-
-def tiny_imagenet_files(root: Path) -> dict[str, ImageFiles | np.ndarray]:
-    """Tiny-ImageNet as published: train/WNID/images/*.JPEG and, as test images, val/ with its val_annotations.txt."""
-    train, classes = image_folder(root / "train")
-    label_of = {wnid: label for label, wnid in enumerate(classes)}
-    test, annotations = [], root / "val" / "val_annotations.txt"
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
-        name, wnid, *_ = [*line.split("\t"), ""]
-        if wnid not in label_of:
-            raise UserError(f"{annotations}, line {number}: {line[:60]!r} names no class that train/ has")
-        test.append((str(annotations.parent / "images" / name), label_of[wnid]))
-    v2 = _torchvision().transforms.v2
-    shift = [v2.RandomCrop(64, padding=4), v2.RandomHorizontalFlip()]
-    return _files_and_labels(train, test, 64, shift, [])
-
-
-def imagenet_files(root: Path) -> dict[str, ImageFiles | np.ndarray]:
-    """ImageNet as torchvision unpacks it: train/WNID/*.JPEG and, as test images, val/WNID/*.JPEG; 224 pixels."""
-    (train, classes), (test, test_classes) = image_folder(root / "train"), image_folder(root / "val")
-    if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))
-        raise UserError(f"{root}: train/ and val/ differ in their classes, {odd[0]} and {len(odd) - 1} others")
-    v2 = _torchvision().transforms.v2
-    crop = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
-    return _files_and_labels(train, test, 224, crop, [v2.Resize(256), v2.CenterCrop(224)])
-
-
-def _files_and_labels(
-    train: list[tuple[str, int]], test: list[tuple[str, int]], size: int, train_view: list, test_view: list
-) -> dict[str, ImageFiles | np.ndarray]:
-    v2 = _torchvision().transforms.v2
-    views = [v2.Compose([*view, v2.PILToTensor()]) for view in (train_view, test_view)]
-    arrays = {}
-    for split, samples in (("train", train), ("test", test)):
-        if not samples:
-            raise UserError(f"no {split} images were found")
-        files, labels = zip(*samples, strict=True)
-        arrays[f"x_{split}"], arrays[f"y_{split}"] = ImageFiles(files, size, *views), np.array(labels)
-    return arrays
+        read = getattr(torchvision.datasets, dataset.upper())
+        splits = [read(root, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # a network, a server and half-written files each fail in their own way
+        raise UserError(f"{dataset} is not in {root}, and its download failed ({error}): put {path} there") from None
+    if not rank_and_count()[0]:
+        barrier()
+    return [np.asarray(array) for split in splits for array in (split.data, split.targets)], f"torchvision, {root}"
 
 
 def load_data(dataset: str, data_dir: str = "data", limit: int | None = None) -> Data:
-    """Read a dataset: a FILE.npz, DATA_DIR/NAME.npz, the built-in digits, torchvision's NAME, or the folder of images
-    DATA_DIR/imagenet or DATA_DIR/tiny-imagenet-200.
-
-    2 % of the training images, at least 100, are held out by a fixed seed; `limit` keeps that many training images
-    before the split. Raises UserError for an unknown name, an unreadable file, or labels beyond the name's classes.
-    """
-    named = Path(data_dir) / f"{dataset}.npz"
-    if dataset.endswith(".npz") or named.exists():
-        path = Path(dataset) if dataset.endswith(".npz") else named
-        arrays, source = read_npz(path), str(path)
-    elif dataset == "digits":
-        arrays, source = digits_arrays(), "scikit-learn"
-    elif dataset in TORCHVISION:
-        with first_rank_first():
-            arrays, source = torchvision_arrays(dataset, Path(data_dir)), f"torchvision, {data_dir}"
-    elif dataset in STREAMED:
-        read, folder = {
-            "imagenet": (imagenet_files, "imagenet"),
-            "tiny-imagenet": (tiny_imagenet_files, "tiny-imagenet-200"),
-        }[dataset]
-        source = str(Path(data_dir) / folder)
-        arrays = read(Path(source))
-    elif dataset in ("cifar10-c", "imagenet-c"):
-        raise UserError(
-            f"{dataset} has test images alone: eval_all.py ... --corruptions DIR reads them from their folder"
-        )
-    else:
-        raise UserError(f"unknown dataset {dataset!r}: choose {', '.join(KNOWN)} or a FILE.npz (no {named} either)")
-    return _split(arrays, dataset, source, limit)
-
-
-def _split(arrays: dict[str, np.ndarray], dataset: str, source: str, limit: int | None) -> Data:
-    known = known_dataset(dataset)
-    num_classes = CLASSES.get(known, int(max(arrays["y_train"].max(), arrays["y_test"].max())) + 1)
-    for key in ("y_train", "y_test"):
-        if arrays[key].max() >= num_classes:
-            raise UserError(
-                f"{source}: {key} holds the label {arrays[key].max()}, but {known} has {num_classes} classes"
-            )
-    if num_classes < 2:
-        raise UserError(f"{source}: one class only, nothing to classify")
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(arrays["y_train"]))[:limit]
+    """A FILE.npz, DATA_DIR/NAME.npz, the built-in digits, torchvision's NAME, or DATA_DIR/imagenet/... 2 % of the
+    training images, at least 100, are held out by a fixed seed; `limit` keeps that many before. Raises UserError."""
+    (x_train, y_train, x_test, y_test), source = read_arrays(dataset, Path(data_dir))
+    name, known = Path(dataset).name.removesuffix(".npz"), known_dataset(dataset)
+    highest = int(max(y_train.max(), y_test.max()))
+    num_classes = CLASSES.get(known, highest + 1)
+    if highest >= num_classes or num_classes < 2:
+        raise UserError(f"{source}: labels up to {highest}, but {num_classes} class(es)")
+    order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(y_train))[:limit])
     held_out = max(100, len(order) // 50)
     if len(order) <= held_out:
         raise UserError(f"{len(order)} training images are too few: {held_out} are held out to pick best.pt")
-    splits = {}
-    for split, rows in (("val", order[:held_out]), ("train", order[held_out:]), ("test", slice(None))):
-        kind = "test" if split == "test" else "train"
-        splits[f"x_{split}"] = _images(arrays[f"x_{kind}"], rows)
-        splits[f"y_{split}"] = torch.from_numpy(arrays[f"y_{kind}"][rows].astype(np.int64))
-    return Data(Path(dataset).name.removesuffix(".npz"), known, **splits, num_classes=num_classes, source=source)
-
-
-def _images(x: np.ndarray | ImageFiles, rows: np.ndarray | slice) -> Tensor | ImageFiles:
-    if isinstance(x, ImageFiles):
-        return x.subset(rows)
-    x = torch.from_numpy(np.ascontiguousarray(x[rows]))
-    return x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
+    if isinstance(x_train, np.ndarray):
+        images = (torch.from_numpy(x).reshape(*x.shape[:3], -1) for x in (x_train, x_test))
+        x_train, x_test = (x.movedim(3, 1).contiguous() for x in images)
+    y_train, y_test = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
+    split = order[held_out:], order[:held_out]
+    return Data(name, known, x_train, y_train, x_test, y_test, *split, num_classes, source)
 
 
 def to_float(x: Tensor) -> Tensor:
@@ -535,10 +254,16 @@ def to_float(x: Tensor) -> Tensor:
     return x.float() / 255
 
 
+def images_at(x: Tensor | ImageFiles, rows: Tensor, device: str) -> Tensor:
+    """float images (B, C, H, W) in [0, 1]: rows (B,) of x, a uint8 or float tensor or images in files (test view)."""
+    x = torch.cat(list(x.read(rows.split(16)))) if isinstance(x, ImageFiles) else x[rows]
+    return x.to(device) if x.is_floating_point() else to_float(x.to(device))
+
+
 def crop_and_flip(padded: Tensor, rows: Tensor, size: int) -> Tensor:
     """A random crop of `size` pixels and a random horizontal flip of images `rows` (B,) of `padded`, in one gather."""
     device, slack = padded.device, padded.shape[2] - size
-    top, left, flip = draw(Tensor.uniform_, torch.empty(len(rows), 3, device=device)).T[:, :, None]
+    top, left, flip = torch.rand(3, len(rows), 1, device=device)
     ys = (top * (slack + 1)).long() + torch.arange(size, device=device)
     xs = (left * (slack + 1)).long() + torch.arange(size, device=device)
     xs = torch.where(flip < 0.5, xs.flip(1), xs)
@@ -550,24 +275,20 @@ def crop_and_flip(padded: Tensor, rows: Tensor, size: int) -> Tensor:
 
 _SMALL = dict(arch="small_cnn", optimizer="adam", weight_decay=0.0, schedule="multistep", steps=10)
 _LARGE = dict(epochs=100, batch_size=128, optimizer="sgd", schedule="multistep", steps=10, eps_warmup=0.0)
+_ANGULAR = dict(lr=0.01, weight_decay=3.5e-3, eps="0.031", step_size="0.007", source="Angular-AT, Sec. 5")
+_HE = dict(lr=0.1, source="HE, Sec. 4, and its code")
+_IMAGENET = dict(arch="resnet50", epochs=90, batch_size=256, weight_decay=1e-4, schedule="thirds")
+_IMAGENET |= dict(eps="4/255", step_size="1/255")
 
-# What adversarial training uses on each dataset, and where that is written; a script overrides where its paper differs.
+# Adversarial training on each dataset, and where that is written (else: ours); a script overrides what differs.
 TRAINING_DEFAULTS = {
-    "digits": _SMALL
-    | dict(epochs=30, batch_size=64, lr=2e-3, eps="0.1", step_size="0.025", eps_warmup=3.0, source="ours"),
-    "mnist": _SMALL
-    | dict(epochs=6, batch_size=128, lr=1e-3, eps="0.3", step_size="0.075", eps_warmup=1.0, source="ours"),
-    "cifar10": _LARGE
-    | dict(arch="wrn-34-10", lr=0.1, weight_decay=2e-4, eps="8/255", step_size="2/255")
-    | dict(source="HE, Sec. 4, and its code"),
-    "cifar100": _LARGE
-    | dict(arch="resnet18", lr=0.01, weight_decay=3.5e-3, eps="0.031", step_size="0.007", source="Angular-AT, Sec. 5"),
-    "tiny-imagenet": _LARGE
-    | dict(arch="resnet18", lr=0.01, weight_decay=3.5e-3, eps="0.031", step_size="0.007", source="Angular-AT, Sec. 5"),
-    "imagenet": _LARGE
-    | dict(arch="resnet50", epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4, schedule="thirds")
-    | dict(eps="4/255", step_size="1/255", source="HE, Sec. 4, and its code for ImageNet"),
-    None: _LARGE | dict(arch="resnet18", lr=0.1, weight_decay=5e-4, eps="8/255", step_size="2/255", source="ours"),
+    "digits": _SMALL | dict(epochs=30, batch_size=64, lr=2e-3, eps="0.1", step_size="0.025", eps_warmup=3.0),
+    "mnist": _SMALL | dict(epochs=6, batch_size=128, lr=1e-3, eps="0.3", step_size="0.075", eps_warmup=1.0),
+    "cifar10": _LARGE | _HE | dict(arch="wrn-34-10", weight_decay=2e-4, eps="8/255", step_size="2/255"),
+    "cifar100": _LARGE | _ANGULAR | dict(arch="resnet18"),
+    "tiny-imagenet": _LARGE | _ANGULAR | dict(arch="resnet18"),
+    "imagenet": _LARGE | _HE | _IMAGENET,
+    None: _LARGE | dict(arch="resnet18", lr=0.1, weight_decay=5e-4, eps="8/255", step_size="2/255"),
 }
 
 
@@ -575,58 +296,46 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
     """An argparse type: an int, or a float or fraction such as 8/255, within [low, high]."""
 
     def parse(text: str) -> float:
-        numerator, slash, denominator = text.partition("/")
+        numerator, _, denominator = text.partition("/")
         try:
-            value = int(text) if kind is int else float(numerator) / (float(denominator) if slash else 1)
+            value = int(text) if kind is int else float(numerator) / float(denominator or 1)
         except (ValueError, ZeroDivisionError):
-            what = "a whole number" if kind is int else "a number or a fraction such as 8/255"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+            value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: between {low:g} and {high:g}")
+            raise UserError(f"{text!r} is not a number ({kind.__name__}) from {low:g} to {high:g}")
         return value
 
     return parse
 
 
 def device_flag(text: str) -> str:
-    """An argparse type: cpu, or a CUDA device that this machine has; of several ranks there each has its own."""
-    rank, own = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
-    if rank and text == "cuda":
-        text = f"cuda:{rank}"
+    """An argparse type: cpu, cuda or cuda:N, if this machine has it."""
     try:
-        if torch.device(text).type not in ("cpu", "cuda"):
-            raise RuntimeError("cpu, cuda or cuda:N")
-        torch.empty(0, device=text)
+        torch.empty(1, device=text).item()
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not to be had here ({str(error).splitlines()[0]})") from None
-    if own and text not in ("cpu", f"cuda:{rank}"):
-        raise argparse.ArgumentTypeError(f"{text!r} would be that of every rank: say cuda, and each takes its own")
+        raise UserError(f"{text!r} is not available ({str(error).splitlines()[0]})") from None
     return text
 
 
 def default_device() -> str:
-    """CUDA where there is one."""
+    """cuda if there is a GPU, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def computes_bf16(device: str) -> bool:
+def supports_bf16(device: str) -> bool:
     """Whether the device multiplies bfloat16 natively; elsewhere it would be slower than float32."""
-    if torch.device(device).type == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def hardware(device: str) -> str:
     """What a figure was measured on: the GPU's name, or the processor's and the number of threads."""
-    if torch.device(device).type == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    try:
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        name = None
-    threads = torch.get_num_threads()
-    return f"{name[1] if name else platform.processor() or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
+    info = Path("/proc/cpuinfo")
+    name = info.read_text().partition("model name\t: ")[2].partition("\n")[0] if info.exists() else ""
+    return f"{name or 'CPU'}, {torch.get_num_threads()} thread(s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -646,57 +355,42 @@ class Parser(argparse.ArgumentParser):
 
 
 def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict] | None = None) -> Parser:
-    """The flags of every training script, with the defaults for the --dataset in argv.
-
-    `overrides` maps a dataset to what the script sets otherwise than TRAINING_DEFAULTS, and `source` says where that is
-    written; without a source it is ours. Its key None is for files of no known name and for images in folders.
-    """
+    """The flags of every training script, with the defaults for the --dataset in argv. `overrides` maps a dataset to
+    what the script sets differently from TRAINING_DEFAULTS, and its `source`; None is any other dataset."""
     parser, overrides = Parser(doc), overrides or {}
     known = parser.known = known_dataset(parser.peek(argv, "--dataset", "digits"))
     shared = TRAINING_DEFAULTS[known]
-    overrides = overrides.get(None if known in STREAMED and known not in overrides else known, {})
+    overrides = overrides.get(None if known in FOLDERS and known not in overrides else known, {})
 
     def add(flag: str, text: str, **options: object) -> None:
-        """A flag whose default depends on the dataset: --help shows the value in force and where it is written."""
         key = flag[2:].replace("-", "_")
         block = overrides if key in overrides else shared
-        default = block[key]
-        source = block.get("source", "ours")
+        default, source = block[key], block.get("source", "ours")
         parser.add_argument(flag, default=default, help=f"{text} (default: {default}; {source})", **options)
 
-    flag, names = parser.add_argument, ", ".join(KNOWN)
+    flag, names, on_off = parser.add_argument, ", ".join(KNOWN), argparse.BooleanOptionalAction
     flag("--dataset", default="digits", metavar="NAME_OR_NPZ", help=f"{names}, or FILE.npz (default: digits)")
     flag("--data-dir", default="data", help="where datasets are looked for and downloaded to (default: data)")
     add("--arch", models.ARCHS)
     add("--epochs", "passes over the training images", type=number(int, 1))
-    add("--batch-size", "images a step, over all ranks", type=number(int, 2))
+    add("--batch-size", "images per step, over all ranks", type=number(int, 2))
     add("--optimizer", "sgd has momentum 0.9", choices=("sgd", "adam"))
     add("--lr", "peak learning rate", type=number(float, 0))
-    shapes = "x0.1 at 75 and 90 %% (multistep), 50 and 75 (half), 53 and 84 (late), thirds; x0.9 every 15 (gentle)"
-    add("--schedule", f"of the learning rate over the run: {shapes}", choices=tuple(SCHEDULES))
+    add("--schedule", "of the learning rate over the run, see common.SCHEDULES", choices=tuple(SCHEDULES))
     add("--weight-decay", "L2 penalty on all parameters", type=number(float, 0))
     add("--eps", "Linf radius in pixel units", type=number(float, 0, 1))
     add("--step-size", "of the attack, in pixel units", type=number(float, 0, 1))
-    add("--steps", "of the attack; of one-step methods on the held-out images alone", type=number(int, 1))
+    add("--steps", "of the attack; one-step methods use it on the held-out images only", type=number(int, 1))
     add("--eps-warmup", "epochs over which eps and step size rise from 0", type=number(float, 0))
-    flag(
-        "--seed",
-        type=number(int, 0, 2**63),
-        default=0,
-        help="of initialization, order, augmentation, attack (default: 0)",
-    )
+    flag("--seed", type=number(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
     flag("--out", help="where the run is written (default: runs/METHOD-DATASET-sSEED)")
-    flag("--resume", action="store_true", help="go on from OUT/last.pt, if there is one")
+    flag("--resume", action="store_true", help="continue from OUT/last.pt, if there is one")
     flag("--limit", type=number(int, 1), metavar="N", help="keep N training images, the held-out ones among them")
-    flag("--workers", type=number(int, 0, 256), help="processes that read images from folders (default: one a core)")
-    flag("--device", type=device_flag, default=default_device(), help="(default: %(default)s)")
-    on_off = argparse.BooleanOptionalAction
-    native = "on" if computes_bf16(default_device()) else "off"
-    flag("--amp", action=on_off, help=f"bfloat16 backbone (default: where the device has it natively; here {native})")
-    flag("--compile", action=on_off, help=f"torch.compile the model (default: on CUDA; here {default_device()})")
-    text = "take each batch in N parts, for want of memory; their gradients are added up (default: 1)"
-    flag("--accumulate", type=number(int, 1), default=1, metavar="N", help=text)
-    flag("--sync-bn", action="store_true", help="batch norm over all ranks of torchrun, not over each rank's images")
+    flag("--workers", type=number(int, 0, 256), help="processes that read images from folders (default: one per core)")
+    flag("--device", type=device_flag, default=default_device(), help="cpu, cuda or cuda:N (default: %(default)s)")
+    flag("--amp", action=on_off, help="bfloat16 backbone (default: on devices that have it natively)")
+    flag("--compile", action=on_off, help="torch.compile the model (default: on CUDA)")
+    flag("--sync-bn", action="store_true", help="batch norm over all ranks of torchrun (CUDA only)")
     return parser
 
 
@@ -705,8 +399,7 @@ def add_head_flags(parser: Parser, argv: list[str] | None, margins: dict[str, fl
     head = parser.peek(argv, "--head", "he")
     scale = 1.0 if head == "linear" else 10.0 if parser.known == "imagenet" else 15.0  # HE, Sec. 4
     margin = margins.get(head, 0.0)
-    on_off = argparse.BooleanOptionalAction
-    flag = parser.add_argument_group("head").add_argument
+    on_off, flag = argparse.BooleanOptionalAction, parser.add_argument_group("head").add_argument
     flag("--head", default="he", choices=("linear", "he", "mhe"), help="W z + b, cos(theta) or -theta (default: he)")
     flag("--fn", action=on_off, default=True, help="normalize the features z (default: on; linear has none)")
     flag("--wn", action=on_off, default=True, help="normalize the class weights W_k (default: on; linear has none)")
@@ -716,17 +409,14 @@ def add_head_flags(parser: Parser, argv: list[str] | None, margins: dict[str, fl
 
 
 def finish_args(args: argparse.Namespace, method: str) -> argparse.Namespace:
-    """Fill the defaults that depend on other flags, name the run after its method, and meet the other ranks."""
-    parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % parts:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of {parts}, the ranks times --accumulate")
-    if args.batch_size == parts:
-        raise UserError(f"--batch-size {args.batch_size} leaves one image to a part, and batch norm needs two")
-    args.method = method
+    """Fill the defaults that depend on other flags, name the run after its method, and join the other ranks."""
+    args.method, args.device = method, init_distributed(args.device)
     args.out = args.out or f"runs/{method}-{Path(args.dataset).name.removesuffix('.npz')}-s{args.seed}"
-    args.amp = computes_bf16(args.device) if args.amp is None else args.amp
-    args.compile = torch.device(args.device).type == "cuda" if args.compile is None else args.compile
-    join_ranks(args.device)
+    args.amp = supports_bf16(args.device) if args.amp is None else args.amp
+    args.compile = args.device.startswith("cuda") if args.compile is None else args.compile
+    _, ranks = rank_and_count()
+    if args.batch_size % ranks or args.batch_size == ranks:
+        raise UserError(f"--batch-size {args.batch_size}: needed is a multiple of the {ranks} ranks, 2 images for each")
     return args
 
 
@@ -740,12 +430,10 @@ def margin_ce(logits: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0
 
 
 @contextmanager
-def attack_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode and frozen parameters: an attack moves no batch statistic and computes no weight gradient."""
+def frozen_eval(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode and frozen parameters: an attack changes no batch statistic and computes no weight gradient."""
     was_training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for p in trained:
-        p.requires_grad_(False)
+    model.eval().requires_grad_(False)
     try:
         yield
     finally:
@@ -754,48 +442,18 @@ def attack_mode(model: torch.nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def rounding(logits: Tensor) -> Tensor:
-    """How far two logits of an image may be apart, (B,), and still count as equal: a small part of what the likeliest
-    classes differ by. An offset that all share is no distance, nor is a class that a huge negative logit masks."""
-    k = logits.shape[1]
-    top = logits.topk(min(4, k // 2 + 1), 1).values
-    first = top[:, :1]
-    top = torch.where(top < first - 1e3 * (1 + first.abs()), first, top)  # masked
-    return 1e-4 * (top[:, 0] - top[:, -1]) + 1e-6 * top.abs().amax(1)
-
-
-@torch.no_grad()
-def fooled(model: torch.nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
-    """Which images x are misclassified by more than rounding can be, (B,) bool, for their logits (B, K).
-
-    What a bfloat16 pass takes for misclassified is confirmed in float32.
-    """
-    top, true = logits.amax(1), logits.gather(1, y[:, None]).squeeze(1)
-    wrong = top - true > rounding(logits)
-    if getattr(model, "amp", False) and wrong.any():
-        model.amp, rows = False, wrong.nonzero().flatten()
-        wrong[rows] = fooled(model, x[rows], model(x[rows]), y[rows])
-        model.amp = True
-    return wrong
-
-
-def check_finite(grad: Tensor) -> None:
-    """An image without a gradient cannot move, and would count as robust: raises UserError."""
-    if not grad.isfinite().all():
-        raise UserError("the gradient on the images is not finite, so a gradient attack proves nothing")
-
-
-def lengths(delta: Tensor, norm: str) -> Tensor:
-    """||delta|| of each image, (B, 1, 1, 1): norm linf or l2."""
+def norms(delta: Tensor, norm: str) -> Tensor:
+    """||delta|| of each image, (B, 1, 1, 1), for delta (B, C, H, W); norm is linf or l2."""
     return torch.linalg.vector_norm(delta, math.inf if norm == "linf" else 2, dim=(1, 2, 3), keepdim=True)
 
 
 def steepest(grad: Tensor, norm: str) -> Tensor:
-    """The direction of length 1 in which a linear loss with this gradient rises most."""
+    """The direction of length 1 in which a linear loss with this gradient rises most; nonfinite entries count as 0."""
+    grad = grad.nan_to_num(nan=0, posinf=0, neginf=0)
     if norm == "linf":
         return grad.sign()
-    grad = grad / lengths(grad, "linf").clamp(min=torch.finfo(grad.dtype).tiny)  # its squares may be below any float
-    return grad / lengths(grad, norm).clamp(min=1e-12)
+    grad = grad / norms(grad, "linf").clamp(min=torch.finfo(grad.dtype).tiny)  # or its squares could underflow
+    return grad / norms(grad, norm).clamp(min=1e-12)
 
 
 def project(x_adv: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
@@ -803,55 +461,55 @@ def project(x_adv: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
     if norm == "linf":
         return x_adv.clamp(x - eps, x + eps).clamp(0, 1)
     delta = x_adv - x
-    return (x + delta * (eps / lengths(delta, norm).clamp(min=1e-12)).clamp(max=1)).clamp(0, 1)
+    return (x + delta * (eps / norms(delta, norm).clamp(min=1e-12)).clamp(max=1)).clamp(0, 1)
 
 
 def random_start(x: Tensor, eps: float, norm: str) -> Tensor:
     """A uniform point of the eps ball around each image, moved into [0, 1]."""
     if norm == "linf":
-        return draw(lambda delta: delta.uniform_(-eps, eps), x).add_(x).clamp(0, 1)
-    radius = eps * draw(Tensor.uniform_, x[:, :1, :1, :1]) ** (1 / x[0].numel())
-    return (x + radius * steepest(draw(Tensor.normal_, x), norm)).clamp(0, 1)
+        return x.new_empty(x.shape).uniform_(-eps, eps).add_(x).clamp(0, 1)
+    radius = eps * x.new_empty(len(x), 1, 1, 1).uniform_() ** (1 / x[0].numel())
+    return (x + radius * steepest(x.new_empty(x.shape).normal_(), norm)).clamp(0, 1)
+
+
+def fooled(logits: Tensor, y: Tensor) -> Tensor:
+    """Misclassified by more than float32 rounding, (B,) bool: another batch size will find the same. NaN: False."""
+    top, true = logits.float().amax(1), logits.float().gather(1, y[:, None]).squeeze(1)
+    return top - true > 1e-5 * (top.abs() + true.abs())
 
 
 def pgd(
-    model: torch.nn.Module,
-    x: Tensor,
-    y: Tensor,
+    model,
+    x,
+    y,
     *,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss,
     eps: float,
     step_size: float,
     steps: int,
-    norm: str = "linf",
-    start: Tensor | None = None,
-    momentum: float = 0.0,
-    drop_fooled: bool = False,
+    norm="linf",
+    start=None,
+    momentum=0.0,
+    early_stop=False,
 ) -> Tensor:
     """Projected gradient ascent on loss(logits, y) in the Linf or L2 ball (Madry et al. 2018; HE, Eq. 18 to 20).
 
-    x is (B, C, H, W) in [0, 1], eps and step_size are in pixel units; x_adv is returned, in the ball and in [0, 1].
-    loss gives (B,) or its mean: the direction of the gradient is the same. `start` is by default uniform in the ball,
-    and momentum > 0 is MIM's, on the L1-normalized gradient. Meanwhile the model is in eval mode and frozen.
-
-    With drop_fooled an image is moved no further once it is misclassified, which saves its passes and makes the attack
-    the best of its steps, not the last. Raises UserError if a gradient is not finite, unless the caller is training.
-    """
+    x is (B, C, H, W) in [0, 1], y (B,); eps and step_size are in pixel units. loss gives (B,) or its mean. `start` is
+    by default uniform in the ball; momentum > 0 is MIM's, on the L1-normalized gradient. The model is in eval mode and
+    frozen meanwhile. With early_stop an image is moved no further once it is misclassified: fewer passes, and the best
+    of all steps. Returns x_adv, in the ball and in [0, 1]."""
     x_adv = random_start(x, eps, norm) if start is None else project(start.detach(), x, eps, norm)
     velocity = torch.zeros_like(x) if momentum else None
-    active = torch.arange(len(x), device=x.device) if drop_fooled else slice(None)
-    evaluated = not model.training  # in training the loss tells, and nothing may wait for the device
-    with attack_mode(model):
+    active = torch.arange(len(x), device=x.device) if early_stop else slice(None)
+    with frozen_eval(model):
         for _ in range(steps):
             x_now = x_adv[active].requires_grad_()
             logits = model(x_now)
             (grad,) = torch.autograd.grad(loss(logits, y[active]).sum(), x_now)
             x_now = x_now.detach()
-            if evaluated:
-                check_finite(grad)
-            if drop_fooled:
-                still = ~fooled(model, x_now, logits, y[active])
-                active, x_now, grad = active[still], x_now[still], grad[still]
+            if early_stop:
+                keep = ~fooled(logits, y[active])
+                active, x_now, grad = active[keep], x_now[keep], grad[keep]
                 if not len(active):
                     break
             if momentum:
@@ -863,131 +521,68 @@ def pgd(
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
-FORMAT = "angular-defenses-1"
+FORMATS = ("angular-defenses-1", "angular-defenses-2")  # both are read; runs are written in the last one
 
 
-def write_atomically(path: Path, write: Callable[[object], None], mode: str = "wb") -> None:
-    """Write to a temporary name, flush to the disk, rename: a reader sees the old file or the new one, never a part.
-
-    Raises UserError where the disk is full, say; what was there before is as it was.
-    """
+def write_file(content: bytes, path: Path) -> None:
+    """Write under a temporary name, then rename: a full disk or a crash leaves the older file as it was."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, mode, newline="" if mode == "w" else None) as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        kept = "the file that was there before is as it was" if path.exists() else "nothing was there before"
-        raise UserError(f"{path} could not be written ({error.strerror or error}); {kept}") from error
-
-
-def lock(folder: Path) -> int:
-    """Hold the folder, until the descriptor is closed or the process ends. Raises UserError where another one does."""
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        raise UserError(f"another process is writing into {folder}: wait for it, or choose another --out") from None
-    return held
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def save(content: dict, path: Path) -> None:
-    """torch.save, atomically; it is made up in memory first, as torch.save tells no full disk from other faults."""
+    """torch.save, through write_file."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+    write_file(buffer.getbuffer(), path)
 
 
 def checkpoint_file(path: str | Path) -> Path:
     """The file that a path means: itself, or best.pt (else last.pt) of a run's directory. Raises UserError."""
     path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
-        if not found:
-            raise UserError(f"{path}: a directory without best.pt or last.pt")
-        return found[0]
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint or run directory")
-    return path
+    for file in (path / "best.pt", path / "last.pt") if path.is_dir() else (path,):
+        if file.exists():
+            return file
+    raise UserError(f"{path}: no such checkpoint, or a directory without best.pt and last.pt")
 
 
 def read_file(path: Path) -> dict:
     """What torch.load finds in a file, as data only: no code in it runs. Raises UserError for anything but a dict."""
     try:
-        if zipfile.is_zipfile(path) and (flipped := zipfile.ZipFile(path).testzip()):  # torch.load checks no checksum
-            raise ValueError(f"checksum of {flipped}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        told = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it torch gives dangerous advice
-        if re.search(r"unsupported global", str(error), re.IGNORECASE):
-            raise UserError(f"{path}: holds Python objects, not tensors alone: save model.state_dict()") from None
-        reason = told.strip().split("\n")[0][:120] or type(error).__name__
-        raise UserError(f"{path}: truncated, damaged, or no checkpoint at all ({reason})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # torch raises nearly anything on a damaged file, often with the advice to trust it
+        raise UserError(f"{path}: damaged, or not a dict of tensors and plain data as of model.state_dict()") from None
 
 
-def load_checkpoint(path: str | Path, device: str = "cpu", **foreign: object) -> tuple[models.Classifier, dict]:
+def load_checkpoint(path: str | Path, device: str = "cpu", **options: object) -> tuple[models.Classifier, dict]:
     """The model in a file or run directory, in eval mode, and all that the file says besides its tensors.
 
-    A bare state dict with the names of the published TRADES / MART / HE WideResNets is read too (a `module.` prefix and
-    their unused `sub_block1` are dropped); `foreign` then holds build_model's arguments. Raises UserError.
-    """
+    A bare state dict of build_model(**options) is read too, as such or as the entry state_dict, model, net or
+    model_state_dict, with or without `module.` in the names; published WideResNets fit wrn-D-W. Raises UserError."""
     path = checkpoint_file(path)
     content = read_file(path)
-    if content.get("format") == FORMAT:
-        state, options = content.get("model"), content.get("model_options")
-        meta = {key: content[key] for key in content if key not in ("model", "optimizer", "scheduler", "rng")}
-        trained = meta.get("args")
-        if not isinstance(trained, dict) or not all(isinstance(trained.get(k), str) for k in ("dataset", "data_dir")):
-            raise UserError(f"{path}: a checkpoint that does not say what it was trained on")
-    else:
-        state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(key, str)}
-        state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
-        if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise UserError(f"{path}: neither a checkpoint of this project nor a plain state dict")
-        if not foreign:
-            raise UserError(f"{path}: a bare state dict; say what it is with --arch, --head and --dataset")
-        options, meta = foreign, {"format": "state dict", "model_options": foreign}
     try:
-        json.dumps([options, *(meta.get(key) for key in ("method", "epoch", "args"))])  # plain, as reports repeat them
-        check_sizes(options, state, path.stat().st_size)
-        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-            models.build_model(**options).load_state_dict(state, assign=True)
+        if content.get("format") in FORMATS:
+            state, options = content["model"], content["model_options"]
+            tensors = ("model", "optimizer", "begun", "scheduler", "rng")
+            meta = {key: value for key, value in content.items() if key not in tensors}
+        elif options:
+            entries = ("state_dict", "model", "net", "model_state_dict")
+            state, meta = next((content[key] for key in entries if key in content), content), {"model_options": options}
+            state = {key.removeprefix("module."): value for key, value in state.items() if "sub_block1." not in key}
+        else:
+            raise UserError(f"{path}: a bare state dict; say what it is with --arch, --head and --dataset")
         model = models.build_model(**options)
         model.load_state_dict(state)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        arch = options.get("arch") if isinstance(options, dict) else None
-        raise UserError(f"{path}: its weights do not fit arch {arch}: {_first_mismatch(error)}") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path}: not the weights of {options.get('arch')} ({str(error)[:200]})") from None
     return model.to(device, memory_format=torch.channels_last).eval(), meta
-
-
-def check_sizes(options: dict, state: dict[str, Tensor], file_size: int) -> None:
-    """Raises ValueError where build_model would take time or memory for sizes that the file's tensors do not have."""
-    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > file_size:
-        raise ValueError("its tensors claim more bytes than the file has")
-    widest = max(max(tensor.shape, default=1) for tensor in state.values())
-    limits = {"num_classes": widest, "feature_dim": widest, "in_channels": widest, "image_size": 4096}
-    for key, limit in limits.items():
-        size = options.get(key)
-        if size is not None and not (isinstance(size, int) and 1 <= size <= limit):
-            raise ValueError(f"{key} {size!r}: must be a whole number from 1 to {limit} with such weights")
-
-
-def _first_mismatch(error: Exception) -> str:
-    """The first telling line of load_state_dict's report, which names every parameter."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[1] if len(lines) > 1 else lines[0])[:200]
 
 
 # --------------------------------------------------------------------------------------------------------- the Run
 
-SCHEDULES = {  # lr / --lr as a function of the share of the run that is done, in [0, 1)
+SCHEDULES = {  # lr / --lr as a function of the fraction of the run that is done, in [0, 1)
     "multistep": lambda done: 0.1 ** ((done >= 0.75) + (done >= 0.9)),
     "cyclic": lambda done: 1 - abs(2 * done - 1),
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
@@ -997,12 +592,11 @@ SCHEDULES = {  # lr / --lr as a function of the share of the run that is done, i
     "late": lambda done: 0.1 ** ((done >= 34 / 64) + (done >= 54 / 64)),  # at 34 k and 54 k of 64 k iterations
     "constant": lambda done: 1.0,
 }
-# between a run and its --resume
-MAY_CHANGE = ("epochs", "iterations", "resume", "out", "data_dir", "workers", "device", "amp", "compile")
+RESUME_MAY_CHANGE = {"epochs", "iterations", "resume", "out", "data_dir", "workers", "device", "amp", "compile"}
 
 
 def build_model(args: argparse.Namespace, data: Data, **options: object) -> models.Classifier:
-    """models.build_model for this dataset, freshly seeded: from here on every draw follows from --seed."""
+    """models.build_model for this dataset, initialized from --seed."""
     torch.manual_seed(args.seed)
     shape = dict(num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size)
     try:
@@ -1011,469 +605,196 @@ def build_model(args: argparse.Namespace, data: Data, **options: object) -> mode
         raise UserError(error) from None
 
 
-def check_readable(model: models.Classifier) -> None:
-    """Raises UserError where no checkpoint of the model could be read: it has more, or less, than build_model makes."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        made = {key: value.shape for key, value in models.build_model(**model.options).state_dict().items()}
-    has = {key: value.shape for key, value in model.state_dict().items()}
-    if odd := sorted(key for key in made.keys() | has.keys() if made.get(key) != has.get(key)):
-        told = f"{odd[0]} of the model is not as build_model makes it, so no evaluation could read its checkpoints"
-        raise UserError(f"{told}: have it made in models.py")
-
-
 class Run:
     """What every training loop needs around it: device, batches, optimizer, schedule, log, checkpoints, resume.
 
-    run.model is the model on the device; with `replays` each batch comes that many times in a row (FreeAT); `natural`
-    says that the loss sees no adversarial images. args.out receives args.json, log.csv, curves.png, last.pt and
-    best.pt: the epoch of the best held-out PGD accuracy or, in natural training, of the best clean accuracy. On a CPU a
-    resumed run ends bit for bit where an uninterrupted one does.
+    With `replays` each batch comes that many times in a row (FreeAT); `natural` says that the loss sees no adversarial
+    images. args.out receives args.json, log.csv, last.pt and best.pt: the epoch of the best held-out PGD accuracy, in
+    natural training of the best clean accuracy (PGD may measure only gradient masking there). All random numbers of a
+    batch follow from (seed, epoch, batch, rank), so a resumed run ends bit for bit where an uninterrupted one does (on
+    a CPU). SIGTERM and Ctrl-C let the batch finish and save the place in the epoch, with run.carry, the tensors that a
+    script hands on from batch to batch. SIGKILL, or any signal to one of several ranks, costs the epoch."""
 
-    SIGTERM and Ctrl-C let the batch finish and write last.pt in mid-epoch, with `carry`: what a script hands on from
-    batch to batch within an epoch. SIGKILL, and any signal to one of several ranks, costs the epoch.
-
-    Under torchrun each rank sees its part of every batch, `step` averages the gradients over the ranks (once a step, of
-    the dozen passes that an attack takes: to hide it behind the backward pass would gain nothing), and the first rank
-    alone writes.
-    """
-
-    def __init__(
-        self, args: argparse.Namespace, model: models.Classifier, data: Data, replays: int = 1, natural: bool = False
-    ):
-        self.args, self.data, self.out, self.replays = args, data, Path(args.out), replays
+    def __init__(self, args: argparse.Namespace, model: models.Classifier, data: Data, replays=1, natural=False):
+        self.args, self.data, self.out, self.replays, self.natural = args, data, Path(args.out), replays, natural
         self.rank, self.ranks = rank_and_count()
-        self.trained_on = "clean" if natural else "robust"  # what the running accuracy is
-        self.part = 0  # of the batch, with --accumulate
-        self.augment = data.known in ("cifar10", "cifar100", *STREAMED) and isinstance(data.x_train, Tensor)
-        self.carry, self.begun = {}, None  # begun: the epoch in which the run was stopped
-        self.signal, self.handlers = None, {}  # the signal that came, and what it would meet without this run
-        if replays > 1 and args.accumulate > 1:
-            raise UserError("--accumulate: a replayed batch is trained on whole")
-        if args.batch_size > len(data.y_train):
-            left = f"{len(data.y_train)} training images of {data.name}"
-            raise UserError(f"--batch-size {args.batch_size} is more than the {left} that are left")
+        self.steps_per_epoch = replays * (len(data.train) // args.batch_size)
+        if not self.steps_per_epoch:
+            raise UserError(f"--batch-size {args.batch_size} is more than the {len(data.train)} training images")
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        if args.sync_bn and args.device.startswith("cuda"):
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif args.sync_bn and not self.rank:
+            print("warning: --sync-bn needs CUDA: each rank normalizes over its own images", file=sys.stderr)
         self.model = model.to(args.device, memory_format=torch.channels_last).train()
         self.model.amp = args.amp
-        if args.sync_bn:
-            models.synchronize_batch_norm(self.model)
         if args.compile:
-            torch.compiler.reset()  # all models of a process share one count of variants, past which they run in eager
             torch._dynamo.config.recompile_limit = 32  # training, attack and held-out batches of several sizes
             self.model.compile()
-        check_readable(model)
-        self.optimizer = make_optimizer(model, args)
-        self.steps_an_epoch = replays * (len(data.y_train) // args.batch_size)
-        self.epoch, self.history, self.lr, self.plotted = 0, [], args.lr, time.monotonic()
-        self._open()
-        total, schedule = self.steps_an_epoch * args.epochs, SCHEDULES[args.schedule]
-        done = self.epoch * self.steps_an_epoch + (self.begun["steps"] // args.accumulate if self.begun else 0)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: schedule(step / total), last_epoch=done - 1
-        )
-        self._to_device()
-
-    def _listen(self) -> None:
-        """From here on a signal lets the batch finish; a second one ends the process at once."""
-        if self.ranks == 1 and threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._note) for number in STOPS}
-
-    def _note(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def _listen_no_more(self) -> None:
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
-
-    def _open(self) -> None:
-        """Make the run's directory, or take up the run that is in it, and say what is about to happen."""
-        args, data, last = self.args, self.data, self.out / "last.pt"
-        if last.exists() and not args.resume:
-            raise UserError(f"{self.out} already holds a run: go on with --resume, or choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        if fcntl and not self.rank:
-            weakref.finalize(self, os.close, lock(self.out))
-        if last.exists():
-            self._resume(last)
-        settings = json.dumps(vars(args), indent=2)
-        self._write("args.json", lambda file: file.write(settings))
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        print(
-            f"{args.method} on {data.name} ({data.source}); {args.arch}, {millions:.2f} M parameters, on {args.device}"
-        )
-        print(
-            f"{len(data.y_train)} training and {len(data.y_val)} held-out images{self._gaps()}; "
-            f"{'cropped and flipped; ' * (self.augment or isinstance(data.x_train, ImageFiles))}"
-            f"Linf eps {args.eps:.4g}; bfloat16 {'on' if args.amp else 'off'}; "
-            f"{f'{self.ranks} ranks; ' * (self.ranks > 1)}writing to {self.out}"
-        )
-        if self.trained_on == "robust" and args.eps_warmup > args.epochs:
-            reached = args.eps * args.epochs / args.eps_warmup
-            print(f"eps rises over {args.eps_warmup:g} epochs, so in these it gets to {reached:.3g} alone")
-        if self.trained_on == "robust" and args.step_size > 2 * args.eps:
-            print(f"step size {args.step_size:.3g} is over twice eps: PGD goes from corner to corner of the ball")
-
-    def _gaps(self) -> str:
-        """What the header says of labels that no training image has, but for which there is a class."""
-        empty = self.data.num_classes - len(self.data.y_train.unique())
-        return f" of {self.data.num_classes} classes, {empty} without a training image" if empty else ""
-
-    def _write(self, name: str, write: Callable[[object], None]) -> None:
-        """A text file, by the first rank."""
+        kind, momentum = (torch.optim.Adam, {}) if args.optimizer == "adam" else (torch.optim.SGD, {"momentum": 0.9})
+        self.optimizer = kind(model.parameters(), args.lr, weight_decay=args.weight_decay, **momentum)
+        self.epoch, self.iteration, self.history, self.signal, self.begun = 0, 0, [], None, {}  # a stopped epoch
+        self.selection_metric = itemgetter(*("val_clean", "val_robust") if natural else ("val_robust", "val_clean"))
+        if (self.out / "last.pt").exists():
+            self._resume(self.out / "last.pt")
         if not self.rank:
-            write_atomically(self.out / name, write, "w")
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_file(json.dumps(vars(args), indent=2).encode(), self.out / "args.json")
+        self.augment = data.known in ("cifar10", "cifar100", *FOLDERS) and isinstance(data.x_train, Tensor)
+        self.y = data.y_train.to(args.device)
+        if isinstance(data.x_train, ImageFiles):
+            data.x_train.workers = args.workers
+        else:  # small images live on the device as uint8
+            self.x = (F.pad(data.x_train, [4] * 4) if self.augment else data.x_train).to(args.device)
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{args.method} on {data.name} ({data.source}); {args.arch}, {size:.2f} M parameters, on {args.device}")
+        print(
+            f"{len(data.train)} training and {len(data.val)} held-out images; eps {args.eps:.4g}; writing to {self.out}"
+        )
 
     def _resume(self, last: Path) -> None:
+        if not self.args.resume:
+            raise UserError(f"{self.out} already holds a run: continue it with --resume, or choose another --out")
         content = read_file(last)
-        if content.get("format") != FORMAT:
-            raise UserError(f"{last}: not a checkpoint of this project; nothing was resumed")
-        try:
-            for key, old in content["args"].items():
-                new = getattr(self.args, key, None)
-                fewer = key == "epochs" and new < old
-                if fewer or (key not in MAY_CHANGE and new != old):
-                    flag = "--" + key.replace("_", "-")
-                    raise UserError(f"--resume: {flag} was {old}, now {new}; keep it, or choose another --out")
-            if (content["dataset"], content["model_options"]) != (self._dataset(), self.model.options):
-                raise UserError(f"--resume: {self.data.source} holds other data than when {self.out} was begun")
-            if content["args"]["amp"] != self.args.amp:
-                print(f"bfloat16 was {'on' if content['args']['amp'] else 'off'}: the bits will differ from then on")
-            self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.epoch, self.history, self.begun = content["epoch"], content["history"], content.get("begun")
-            torch.set_rng_state(content["rng"]["cpu"])
-            if self.device_type == "cuda" and "cuda" in content["rng"]:
-                torch.cuda.set_rng_state(content["rng"]["cuda"], self.args.device)
-            if self.history:
-                self._write_log()
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{last}: incomplete, nothing was resumed ({_first_mismatch(error)})") from None
-        within = f" and {self.begun['batches']} batches" if self.begun else ""
-        print(f"resumed after epoch {self.epoch}{within} of {self.args.epochs}")
+        if content.get("format") != FORMATS[-1]:
+            raise UserError(f"{last}: not written by this version; it can be evaluated, but not resumed")
+        for key, old in content["args"].items():
+            new = getattr(self.args, key, None)
+            if (key == "epochs" and new < old) or (key not in RESUME_MAY_CHANGE and new != old):
+                flag = "--" + key.replace("_", "-")
+                raise UserError(f"--resume: {flag} was {old}, now {new}; keep it, or choose another --out")
+        if content["model_options"] != self.model.options:  # among them mean and std of the images
+            raise UserError(f"--resume: {self.data.source} holds other data than when {self.out} was begun")
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.epoch, self.history, self.begun = content["epoch"], content["history"], content["begun"]
+        batches = self.begun.get("batches", 0)
+        self.iteration = self.epoch * self.steps_per_epoch + batches * self.replays
+        print(f"resumed after epoch {self.epoch} and {batches} batches, of {self.args.epochs} epochs")
 
-    def _dataset(self) -> dict:
-        """What a checkpoint says of its data; mean and std of the images are among the model's options."""
-        data = self.data
-        shape, counts = tuple(data.x_test.shape[1:]), (len(data.y_train), len(data.y_val))
-        return {"name": data.name, "known": data.known, "classes": data.num_classes, "shape": shape, "images": counts}
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt  # a second one ends the run at once
+        self.signal = number
 
-    @property
-    def device_type(self) -> str:
-        return torch.device(self.args.device).type
-
-    def _to_device(self) -> None:
-        """Small images live on the device as uint8; if cropped and flipped, batch by batch, they are padded once."""
-        data, device = self.data, self.args.device
-        self.y_train, self.y_val = data.y_train.to(device), data.y_val.to(device)
-        self.x_train, self.x_val = data.x_train, data.x_val
-        for images in (data.x_train, data.x_val):
-            if isinstance(images, ImageFiles):
-                images.workers = self.args.workers
-        if isinstance(data.x_train, Tensor):
-            self.x_train = (F.pad(data.x_train, [4] * 4) if self.augment else data.x_train).to(device)
-            self.x_val = data.x_val.to(device)
-
-    def _order(self, size: int, begun: dict | None) -> tuple[Sequence[Tensor], Sequence[Tensor] | None, Tensor]:
-        """The epoch's batches of rows, a random number for each row of images in files, and the generator's state
-        before them: in an epoch that was stopped they are drawn from it once more, and the generator goes on after."""
-        now = torch.get_rng_state()
-        before = begun["before"] if begun else now
-        torch.set_rng_state(before)
-        images = self.steps_an_epoch // self.replays * self.args.batch_size
-        order, draws = torch.randperm(len(self.y_train))[:images], None
-        if isinstance(self.x_train, ImageFiles):
-            draws = [torch.randint(2**62, rows.shape) for rows in order.split(size)]
-        else:
-            order = order.to(self.args.device)  # at once: a copy for each batch would wait for the batch before
-        if begun:
-            torch.set_rng_state(now)
-        return order.split(size), draws, before
-
-    def _training_images(self, order: Sequence[Tensor], draws: Sequence[Tensor] | None) -> Iterator[Tensor]:
-        """This rank's uint8 images of each batch of rows, augmented: gathered on the device, or read from files."""
-        if draws is not None:
-            mine = [my_rows(rows) for rows in order], [my_rows(draw) for draw in draws]
-            yield from self.x_train.read(*mine)
-            return
-        for rows in order:
-            rows = my_rows(rows)
-            yield crop_and_flip(self.x_train, rows, self.data.image_size) if self.augment else self.x_train[rows]
+    def _stop_if_signalled(self, batches: int) -> None:
+        """After a signal: write last.pt so that --resume continues after `batches` of this epoch, and exit."""
+        if self.signal:
+            self._check_finite()
+            begun = {"batches": batches, "totals": self.totals, "carry": self.carry}
+            begun["seconds"] = time.perf_counter() - self.started
+            save(self._checkpoint() | {"epoch": self.epoch - 1, "begun": begun}, self.out / "last.pt")
+            command = " ".join(["python", *sys.argv, *["--resume"][self.args.resume :]])
+            print(f"stopped in epoch {self.epoch} after {batches} batches; continue with: {command}", file=sys.stderr)
+            sys.exit(128 + self.signal)
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to do, counted from 1."""
-        self._listen()
+        stops = (signal.SIGINT, signal.SIGTERM) if self.ranks == 1 else ()
+        usual = {number: signal.signal(number, self._on_signal) for number in stops}
         try:
             while self.epoch < self.args.epochs:
                 self.epoch += 1
                 yield self.epoch
         finally:
-            self._listen_no_more()
-        if not self.history:
-            return
-        best = max(self.history, key=self._merit)
-        clean, robust = (f"{best[key]:.2f} %" for key in ("val_clean", "val_robust"))
-        held_out = f"of {len(self.y_val)} held-out images clean {clean}, PGD-{self.args.steps} {robust}"
-        print(f"best epoch {best['epoch']}: {held_out}; evaluate it with")
-        print(f"python eval_all.py {self.out}")
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+        best = max(self.history, key=self.selection_metric)
+        print(f"best epoch {best['epoch']}, held-out clean {best['val_clean']:.2f}, PGD {best['val_robust']:.2f} %")
+        print(f"evaluate it with\npython eval_all.py {self.out}")
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch of shuffled x (B, C, H, W) in [0, 1] and y (B,) on the device; a last, smaller batch is dropped.
+        """An epoch of shuffled x (B, C, H, W) in [0, 1] and y (B,) on the device, B this rank's part of --batch-size; a
+        last, smaller batch is dropped. Exits after a signal."""
+        args, data, device, begun = self.args, self.data, self.args.device, self.begun
+        seed = derive_seed(args.seed, self.epoch)  # the order is the same on all ranks
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
+        order = order[: len(order) // args.batch_size * args.batch_size].view(-1, args.batch_size)
+        rows = data.train[order.chunk(self.ranks, 1)[self.rank]]
+        done, self.begun = begun.get("batches", 0), {}
+        self.totals = begun.get("totals", torch.zeros(3)).to(device)  # loss, correct, images
+        self.carry = {key: value.to(device) for key, value in begun.get("carry", {}).items()}
+        self.started = time.perf_counter() - begun.get("seconds", 0)
+        streamed = isinstance(data.x_train, ImageFiles)
+        images = data.x_train.read(rows[done:], seed) if streamed else None
+        rows = rows.to(device)  # all at once: a copy for each batch would wait for the batch before
+        bar = dict(desc=f"epoch {self.epoch}", total=len(rows), initial=done, leave=False)
+        for batch in tqdm(range(done, len(rows)), **bar, disable=True if self.rank else None):
+            self._stop_if_signalled(batch)
+            torch.manual_seed(derive_seed(args.seed, self.epoch, batch + 1, self.rank))
+            if streamed:
+                x = next(images).to(device, non_blocking=True)
+            else:
+                x = crop_and_flip(self.x, rows[batch], data.image_size) if self.augment else self.x[rows[batch]]
+            for _ in range(self.replays):
+                yield to_float(x), self.y[rows[batch]]
+        self._stop_if_signalled(len(rows))
 
-        B is --batch-size, or what this rank and this part of --accumulate have of it. Raises Interrupted.
-        """
-        size, begun, self.begun = self.args.batch_size // self.args.accumulate, self.begun, None
-        order, draws, before = self._order(size, begun)
-        done = self._start_figures(begun)
-        label, hidden = f"epoch {self.epoch}/{self.args.epochs}", True if self.rank else None
-        total = len(order) * size * self.replays
-        with tqdm(total=total, desc=label, unit="img", leave=False, disable=hidden, mininterval=0.3) as self.bar:
-            self.bar.update(done * size * self.replays)
-            self._stop_if_told(done, before)
-            images = self._training_images(order[done:], draws and draws[done:])
-            for rows, x in zip(order[done:], images, strict=True):
-                x = to_float(x.to(self.args.device, non_blocking=True))
-                y = self.y_train[my_rows(rows).to(self.args.device, non_blocking=True)]
-                for _ in range(self.replays):
-                    yield x, y
-                    self._show(size)
-                done += 1
-                self._stop_if_told(done, before)
-
-    def _start_figures(self, begun: dict | None) -> int:
-        """The epoch's running figures, from 0 or from where it was stopped; returns the batches that are done.
-
-        totals: loss, right predictions, images, and the steps before the first whose loss or gradient is not finite.
-        """
-        device = self.args.device
-        begun = begun or {"batches": 0, "steps": 0, "seconds": 0.0, "lr": self.lr, "carry": {}}
-        self.totals = begun.get("totals", torch.zeros(4)).to(device)
-        self.totals[:3] *= not self.rank  # what one rank has begun it alone takes over; they are summed in the end
-        self.predicted = begun.get("predicted", torch.tensor([math.inf, -math.inf])).to(device)  # lowest, highest class
-        self.carry = {key: value.to(device) for key, value in begun["carry"].items()}
-        self.steps, self.lr, self.looked = begun["steps"], begun["lr"], time.monotonic()
-        self.started = time.perf_counter() - begun["seconds"]
-        return begun["batches"]
-
-    def _stop_if_told(self, done: int, before: Tensor) -> None:
-        """After a signal, between two batches: write last.pt so that --resume goes on with the next one."""
-        if not self.signal or self.part:
-            return
-        self._figures(weights=True)
-        begun = {"batches": done, "before": before, "totals": self.totals, "predicted": self.predicted}
-        begun |= {"carry": self.carry, "steps": self.steps, "lr": self.lr}
-        begun["seconds"] = time.perf_counter() - self.started
-        save(self._content() | {"epoch": self.epoch - 1, "begun": begun}, self.out / "last.pt")
-        name, command = signal.Signals(self.signal).name, shlex.join(["python", *sys.argv])
-        resume = "" if "--resume" in sys.argv else " --resume"
-        told = f"stopped by {name} in epoch {self.epoch} after {done} batches; go on with: {command}{resume}"
-        self._listen_no_more()
-        raise Interrupted(self.signal, told)
-
-    def _show(self, images: int) -> None:
-        """Advance the progress bar; its figures are fetched from the device a few times a second, no more."""
-        self.bar.update(images)
-        if time.monotonic() - self.looked > 0.3:
-            self.looked = time.monotonic()
-            loss, right, count = self._figures()
-            figures = f"loss {loss / count:.3f}, {self.trained_on} {100 * right / count:.1f} %"
-            self.bar.set_postfix_str(figures, refresh=False)
-
-    def _figures(self, weights: bool = False) -> list[float]:
-        """Loss, right and count so far, summed. Raises UserError where a loss, a gradient or a weight is no number."""
-        *figures, finite = self.totals.tolist()
-        if weights and not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
-            finite = min(finite, self.steps - 1)  # the last step, whose own loss was finite
-        if finite < self.steps:
-            last = self.out / "last.pt"
-            kept = f"{last} holds what was saved before" if last.exists() else "nothing was saved yet"
-            batch = 1 + int(finite) // (self.replays * self.args.accumulate)
-            where = f"epoch {self.epoch}, batch {batch}"
-            raise UserError(f"the loss or its gradient is not finite in {where}: {kept}; try a smaller --lr")
-        return figures
-
-    def warm(self, radius: float) -> float:
-        """eps or step size in this step: it rises linearly to `radius` over the first --eps-warmup epochs."""
-        steps = self.args.eps_warmup * self.steps_an_epoch
-        return radius * min(1.0, (self.iteration + 1) / steps) if steps else radius
-
-    @property
-    def iteration(self) -> int:
-        """Optimizer steps taken so far, over all epochs."""
-        return self.scheduler.last_epoch
+    def warmup(self, value: float) -> float:
+        """eps or step size in this step: it rises linearly to `value` over the first --eps-warmup epochs."""
+        steps = self.args.eps_warmup * self.steps_per_epoch
+        return value * min(1.0, (self.iteration + 1) / steps) if steps else value
 
     def step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
         """Backward, optimizer, schedule; `logits` on the images trained on give the running accuracy."""
-        if not self.part:
-            self.optimizer.zero_grad(set_to_none=True)
-        (loss / self.args.accumulate).backward()
-        self.part = (self.part + 1) % self.args.accumulate
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if not self.part:
-            average(grads)
-        self._count(loss.detach(), logits.detach().argmax(1), y, grads)
-        if self.part:
-            return
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        all_mean([p.grad for p in self.model.parameters() if p.grad is not None])
+        done = self.iteration / (self.steps_per_epoch * self.args.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.lr * SCHEDULES[self.args.schedule](done)
         self.optimizer.step()
-        (self.lr,) = self.scheduler.get_last_lr()
-        self.scheduler.step()
+        self.iteration += 1
+        loss, correct = loss.detach(), (logits.detach().argmax(1) == y).sum()
+        self.totals += torch.stack([loss * len(y), correct, torch.full_like(loss, len(y))])  # no host sync
 
-    def _count(self, loss: Tensor, prediction: Tensor, y: Tensor, grads: list[Tensor]) -> None:
-        """Add a step to the running figures, which stay on the device: nothing waits for them."""
-        finite = (loss + torch.nn.utils.get_total_norm(grads)).isfinite() & (self.totals[3] == self.steps)
-        right, count = (prediction == y).sum(), torch.full_like(loss, len(y))
-        self.totals += torch.stack([loss * len(y), right.to(loss.dtype), count, finite.to(loss.dtype)])
-        low, high = self.predicted
-        self.predicted = torch.stack([torch.minimum(low, prediction.min()), torch.maximum(high, prediction.max())])
-        self.steps += 1
-
-    def _warn_of_a_dead_loss(self) -> None:
-        low, high = self.predicted.tolist()
-        if low == high:
-            told = f"warning: every prediction of epoch {self.epoch} was class {low:.0f}: nothing is being learned"
-            print(f"{told}; try a smaller --lr, or a longer --eps-warmup", file=sys.stderr)
+    def _check_finite(self) -> None:
+        """Raises UserError if a loss of this epoch, or a weight after its last step, is not finite."""
+        if not all(tensor.isfinite().all() for tensor in (self.totals, *self.model.state_dict().values())):
+            raise UserError(f"loss or gradient not finite in epoch {self.epoch} (not saved): try a smaller --lr")
 
     def finish_epoch(self) -> None:
-        """Held-out accuracy, a line, log.csv, best.pt and last.pt. Raises UserError where a loss was no number."""
-        self._figures(weights=True)
-        self._warn_of_a_dead_loss()
-        average([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])  # of batch norm
-        loss, right, count, _ = _sum_over_ranks(self.totals).tolist()
+        """Held-out accuracy, a line, log.csv, best.pt and last.pt. Raises UserError if the loss was not finite."""
+        all_mean([self.totals, *(b for b in self.model.buffers() if b.is_floating_point())])  # of batch norm
+        self._check_finite()
+        loss, correct, count = (self.totals * self.ranks).tolist()
         seconds = time.perf_counter() - self.started
         clean, robust = self._held_out()
-        row = {
-            "epoch": self.epoch,
-            "lr": self.lr,  # of the epoch's last step
-            "loss": loss / count,
-            "train_accuracy": 100 * right / count,  # on the images that the loss saw, while it was learning
-            "val_clean": clean,
-            "val_robust": robust,
-            "images_per_s": count / seconds,
-            "seconds": seconds,
-        }
-        is_best = all(self._merit(row) > self._merit(old) for old in self.history)
+        if clean <= 100 * self.data.y_train[self.data.val].bincount().max() / len(self.data.val):
+            print("warning: the held-out accuracy is that of one class for all: try a smaller --lr", file=sys.stderr)
+        row = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], "loss": loss / count}
+        row |= {"train_accuracy": 100 * correct / count, "val_clean": clean, "val_robust": robust}
+        row |= {"images_per_s": count / seconds, "seconds": seconds}
+        best = all(self.selection_metric(row) > self.selection_metric(old) for old in self.history)
         self.history.append(row)
-        self._save(is_best)
-        print(
-            f"epoch {self.epoch:3d}/{self.args.epochs}  loss {row['loss']:.4f}"
-            f"  train {self.trained_on} {row['train_accuracy']:.2f}"
-            f"  held-out clean {clean:.2f}  PGD-{self.args.steps} {robust:.2f}{'*' if is_best else ' '}"
-            f"  lr {row['lr']:.2g}  {row['images_per_s']:.0f} img/s",
-            flush=True,
-        )
-
-    def _merit(self, row: dict) -> tuple[float, float]:
-        """What best.pt is the best in. PGD on a naturally trained network measures luck, or how well it masks."""
-        merit = row["val_robust"], row["val_clean"]
-        return merit[::-1] if self.trained_on == "clean" else merit
+        lines = [",".join(self.history[0]), *(",".join(f"{v:.6g}" for v in row.values()) for row in self.history)]
+        if not self.rank:  # best.pt before last.pt: a run killed in between repeats the epoch
+            for name in ("best.pt", "last.pt") if best else ("last.pt",):
+                save(self._checkpoint(), self.out / name)
+            write_file("\n".join([*lines, ""]).encode(), self.out / "log.csv")
+        print(" ".join(f"{key} {value:.4g}" for key, value in row.items()) + " *" * best, flush=True)
 
     def _held_out(self) -> tuple[float, float]:
-        """Clean and PGD accuracy in %, in float32 (on CUDA in TF32), on the held-out images, with the training attack's
-        eps and steps."""
-
-        def loss(logits: Tensor, y: Tensor) -> Tensor:
-            return margin_ce(logits, y, self.model.scale)
-
-        args, right = self.args, torch.zeros(2, device=self.args.device)
+        """Clean and PGD accuracy in %, in float32 (TF32 on CUDA), on the held-out images, by the training attack."""
+        args, data, correct = self.args, self.data, torch.zeros(2, device=self.args.device)
         step_size = min(args.step_size, 2.5 * args.eps / args.steps)  # one-step methods train with a longer one
-        batches = torch.arange(len(self.y_val)).split(args.batch_size)
-        mine = [rows for whole in batches if len(rows := whole[self.rank :: self.ranks])]
-        images = self.x_val.read(mine) if isinstance(self.x_val, ImageFiles) else (self.x_val[rows] for rows in mine)
-        for rows in batches:
-            noise = torch.empty(len(rows), *self.x_val.shape[1:], device=args.device).uniform_(-args.eps, args.eps)
-            rows, noise = (whole[self.rank :: self.ranks] for whole in (rows, noise))
-            if not len(rows):
-                continue
-            x, y = to_float(next(images).to(args.device)), self.y_val[rows]
-            self.model.amp = False  # in bfloat16 a saturated activation loses its gradient, and the attack its strength
-            budget = {"eps": args.eps, "step_size": step_size, "steps": args.steps, "start": x + noise}
-            x_adv = pgd(self.model, x, y, loss=loss, **budget)
-            with attack_mode(self.model), torch.no_grad():
-                clean = self.model(x).argmax(1) == y
-                right += torch.stack([clean, clean & (self.model(x_adv).argmax(1) == y)]).sum(1)
-            self.model.amp = args.amp
-        clean, robust = _sum_over_ranks(right).tolist()
-        return 100 * clean / len(self.y_val), 100 * robust / len(self.y_val)
+        rows = data.val[self.rank :: self.ranks].split(args.batch_size // self.ranks)
+        images = data.x_train.read(rows) if isinstance(data.x_train, ImageFiles) else (data.x_train[r] for r in rows)
+        torch.manual_seed(derive_seed(args.seed, 0, 0, self.rank))
+        self.model.amp = False  # in bfloat16 a saturated activation has no gradient, and the attack is weaker
+        for batch, x in zip(rows, images, strict=True):
+            x, y = to_float(x.to(args.device)), data.y_train[batch].to(args.device)
+            attack = dict(eps=args.eps, step_size=step_size, steps=args.steps)
+            x_adv = pgd(self.model, x, y, loss=lambda z, y: margin_ce(z, y, self.model.scale), **attack)
+            with frozen_eval(self.model), torch.no_grad():
+                clean, robust = (self.model(images).argmax(1) == y for images in (x, x_adv))
+            correct += torch.stack([clean.sum(), (clean & robust).sum()])
+        self.model.amp = args.amp
+        all_mean([correct])
+        return tuple((100 * correct * self.ranks / len(data.val)).tolist())
 
-    def _content(self) -> dict:
-        """What a checkpoint holds."""
-        content = {
-            "format": FORMAT,
-            "model": self.model.state_dict(),
-            "model_options": self.model.options,
-            "dataset": self._dataset(),
-            "method": self.args.method,
-            "args": vars(self.args),
-            "epoch": self.epoch,
-            "metrics": self.history[-1] if self.history else {},
-            "history": self.history,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "rng": {"cpu": torch.get_rng_state()},
-            "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
-            "hardware": hardware(self.args.device),
-        }
-        if self.device_type == "cuda":
-            content["rng"]["cuda"] = torch.cuda.get_rng_state(self.args.device)
-        return content
-
-    def _save(self, is_best: bool) -> None:
-        """best.pt before last.pt, then the log: a run killed in between does this epoch anew and writes the same."""
-        if not self.rank:
-            content = self._content()
-            for name in ("best.pt", "last.pt") if is_best else ("last.pt",):
-                save(content, self.out / name)
-        self._write_log()
-
-    def annotate(self, key: str, measure: Callable[[models.Classifier], object]) -> None:
-        """After training: write measure(model), plain data, into last.pt and best.pt, each with its own weights."""
-        for path in () if self.rank else (self.out / "best.pt", self.out / "last.pt"):
-            content = read_file(path)
-            self.model.load_state_dict(content["model"])
-            self.model.amp = False
-            with attack_mode(self.model), torch.no_grad():
-                content[key] = measure(self.model)
-            self.model.amp = self.args.amp
-            save(content, path)
-
-    def _write_log(self) -> None:
-        """log.csv whole, from the checkpoint's history; curves.png at most twice a minute, and at the end."""
-
-        def write(file: object) -> None:
-            writer = csv.DictWriter(file, self.history[0])
-            writer.writeheader()
-            writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in self.history)
-
-        self._write("log.csv", write)
-        if not self.rank and (self.epoch == self.args.epochs or time.monotonic() - self.plotted > 30):
-            self.plotted = time.monotonic()
-            plot_curves(self.history, f"training, {self.trained_on}", self.args.steps, self.out / "curves.png")
-
-
-def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    if args.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    return torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-
-
-def plot_curves(history: list[dict], training: str, steps: int, path: Path) -> None:
-    """Loss and accuracies against the epoch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    epochs = [row["epoch"] for row in history]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    left.plot(epochs, [row["loss"] for row in history], color="black", marker=".")
-    left.set(xlabel="epoch", ylabel="training loss")
-    for key, label in (
-        ("val_clean", "held-out, clean"),
-        ("val_robust", f"held-out, PGD-{steps}"),
-        ("train_accuracy", training),
-    ):
-        right.plot(epochs, [row[key] for row in history], label=label, marker=".")
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101))
-    right.legend(loc="lower right")
-    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
-    plt.close(figure)
+    def _checkpoint(self) -> dict:
+        facts = {"model_options": self.model.options, "method": self.args.method, "args": vars(self.args)}
+        facts |= {"epoch": self.epoch, "history": self.history, "hardware": hardware(self.args.device)}
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "begun": {}}
+        return {"format": FORMATS[-1], "torch": str(torch.__version__)} | facts | state

@@ -12,10 +12,10 @@ is minus half the squared distance to fixed centers (MMC, Pang et al. 2020); `sp
 import math
 import re
 from collections import OrderedDict
+from contextlib import nullcontext
 from types import ModuleType
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,10 +30,12 @@ WRN = re.compile(r"wrn-(\d{1,3})-(\d{1,2})")
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, also where its C++ operators do not load beside this torch: neither its datasets nor its networks
-    need any of them. Raises ImportError where it is not installed."""
+    """torchvision, even if its C++ operators do not load with this torch: its datasets and networks need none of them.
+
+    It is imported on first use, because most runs do not need it. Raises ImportError if it is not installed.
+    """
     try:
-        import torchvision
+        import torchvision.transforms.v2
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
             raise
@@ -41,48 +43,8 @@ def import_torchvision() -> ModuleType:
             torch.library.define(
                 f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             )
-        import torchvision
+        import torchvision.transforms.v2
     return torchvision
-
-
-class MeanOverRanks(torch.autograd.Function):
-    """The mean of a tensor over the processes of torch.distributed; so is its gradient."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        mean = x.clone()
-        dist.all_reduce(mean)
-        return mean / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return MeanOverRanks.forward(ctx, grad)
-
-
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the images of all processes in training; torch's own is for CUDA alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        mean = MeanOverRanks.apply(x.float().mean((0, 2, 3)))
-        centered = x.float() - mean[:, None, None]
-        variance = MeanOverRanks.apply(centered.square().mean((0, 2, 3)))
-        count = dist.get_world_size() * x.numel() / len(mean)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-
-def synchronize_batch_norm(model: nn.Module) -> None:
-    """Let all its batch norms take their statistics over all processes, where there are several."""
-    if dist.is_available() and dist.is_initialized():
-        for module in model.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = SyncBatchNorm2d
 
 
 def arccos(cos: Tensor) -> Tensor:
@@ -100,14 +62,14 @@ def cosine(z: Tensor, weight: Tensor) -> Tensor:
 # cos(theta). Linear and sigmoid are of Liu et al. 2017. The quadratic one, below -1 for angles over 114 degrees, is cut
 # there, which the ReLU behind a hidden layer hides anyway.
 SIGMOID_K = 0.5
-BENT = {
+ANGULAR_FUNCTIONS = {
     "linear": lambda cos: 1 - arccos(cos) * (2 / math.pi),
     "sigmoid": lambda cos: (
         (2 * ((math.pi / 2 - arccos(cos)) / SIGMOID_K).sigmoid() - 1) / math.tanh(math.pi / 4 / SIGMOID_K)
     ),
     "quadratic": lambda cos: (1 - (1 - cos).square()).clamp(min=-1),
 }
-CORRELATIONS = ("cosine", "truncated", *BENT)
+CORRELATIONS = ("cosine", "truncated", *ANGULAR_FUNCTIONS)
 TINY = 1e-8  # added to the squared norm: a zero patch has correlation 0 and a finite gradient
 
 
@@ -127,8 +89,8 @@ def correlate(product: Tensor, content: Tensor, correlation: str, manifold: str)
     """g from <w~, x> (B, K, ...), in its dtype, and the `channel_sum` over each x, (B, 1, ...)."""
     norm = (content + TINY).sqrt() if manifold == "sphere" else content + TINY**0.5
     factor = (norm.clamp(max=1) if correlation == "truncated" else 1) / norm
-    if correlation in BENT:  # in float32: an angle near 0 needs more digits than bfloat16 has
-        return BENT[correlation](product * factor).to(product.dtype)
+    if correlation in ANGULAR_FUNCTIONS:  # in float32: an angle near 0 needs more digits than bfloat16 has
+        return ANGULAR_FUNCTIONS[correlation](product * factor).to(product.dtype)
     return product * factor.to(product.dtype)
 
 
@@ -253,7 +215,8 @@ class Classifier(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """z, (B, d): the penultimate features, before any normalization of them."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+        # without amp an autocast of the caller stays in force
+        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else nullcontext():
             x_normalized = self.normalize(x).contiguous(memory_format=torch.channels_last)
             return self.project(self.embed(x_normalized)).to(x.dtype)
 

@@ -21,9 +21,9 @@ Sec. B.2); it overwrites W by W / ||W|| in each pass, this differentiates throug
 The paper on CIFAR-10, WRN-34-10, clean / PGD-20: ALP 87.18 / 52.29, +HE 89.91 / 57.69, +m-HE 89.23 / 57.09.
 """
 
-import torch.nn.functional as F
-
 import common
+
+import torch.nn.functional as F
 
 METHOD = {"linear": "alp", "he": "alp_he", "mhe": "alp_mhe"}
 MARGIN = {"linear": 0.0, "he": 0.2, "mhe": 0.1}  # Sec. 4 and Appendix C.5
@@ -58,7 +58,7 @@ def main(argv=None):
 
     for _ in run.epochs():
         for x, y in run.batches():
-            eps, step_size = run.warm(args.eps), run.warm(args.step_size)
+            eps, step_size = run.warmup(args.eps), run.warmup(args.step_size)
             x_adv = common.pgd(model, x, y, loss=attack_loss, eps=eps, step_size=step_size, steps=args.steps)
             logits, logits_adv = model(x), model(x_adv)
             run.step(alp(logits, logits_adv, y, args), logits_adv, y)

@@ -35,11 +35,11 @@ PGD-trained CNN 99.29 / 98.04 / 94.18, D-SphereNet 99.40 / 98.36 / 95.96.
 
 import math
 
-import torch
-import torch.nn.functional as F
-
 import common
 import models
+
+import torch
+import torch.nn.functional as F
 
 ADAM = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, source="D-SphereNet, Sec. 7.1")
 CIFAR = ADAM | dict(arch="dsphere_cifar", epochs=168, schedule="late", eps="8/255", step_size="2/255", steps=7)
@@ -66,15 +66,13 @@ def annealed_ce(logits, z, y, iteration):
     return (F.cross_entropy(cosines, y) + weight * F.cross_entropy(logits, y)) / (1 + weight)
 
 
-def geodesic_statistics(model, x, y):
-    """Per class, mean and standard deviation of the angle between features and W_y, in radians (Sec. 4.3).
-
-    x is uint8 (N, C, H, W), y (N,), both on the CPU.
-    """
-    weight, angles = model.fc.weight, []
-    for rows in torch.arange(len(y)).split(500):
-        cos = models.cosine(model.features(common.to_float(x[rows].to(weight.device))), weight).cpu()
-        angles.append(models.arccos(cos.gather(1, y[rows, None]).squeeze(1)))
+@torch.no_grad()
+def geodesic_statistics(model, data):
+    """Per class, mean and standard deviation of the angle between training features and W_y, in radians (Sec. 4.3)."""
+    weight, angles, y = model.fc.weight, [], data.y_train[data.train]
+    for rows in data.train.split(500):
+        cos = models.cosine(model.features(common.images_at(data.x_train, rows, weight.device)), weight).cpu()
+        angles.append(models.arccos(cos.gather(1, data.y_train[rows, None]).squeeze(1)))
     by_class = [torch.cat(angles)[y == k] for k in range(len(weight))]
     by_class = [a if len(a) > 1 else torch.zeros(2) for a in by_class]  # fewer than two: never accepted
     return {"mean": [float(a.mean()) for a in by_class], "std": [float(a.std()) for a in by_class]}
@@ -105,7 +103,7 @@ def main(argv=None):
     args = parse_args(argv)
     data = common.load_data(args.dataset, args.data_dir, args.limit)
     if args.iterations:
-        args.epochs = math.ceil(args.iterations / max(1, len(data.y_train) // args.batch_size))
+        args.epochs = math.ceil(args.iterations / max(1, len(data.train) // args.batch_size))
     plain = args.correlation == "inner"
     head = "linear" if plain else "sphere_wm" if args.loss == "wm" else "sphere"
     options = dict(correlation=args.correlation, manifold=args.manifold, feature_dim=args.feature_dim)
@@ -115,7 +113,7 @@ def main(argv=None):
 
     for _ in run.epochs():
         for x, y in run.batches():
-            eps, step_size = run.warm(args.eps), run.warm(args.step_size)
+            eps, step_size = run.warmup(args.eps), run.warmup(args.step_size)
             if args.train == "fgsm":
                 x = common.pgd(model, x, y, loss=F.cross_entropy, eps=eps, step_size=eps, steps=1, start=x)
             elif args.train == "pgd":
@@ -129,8 +127,9 @@ def main(argv=None):
                 loss = loss + args.eta * model.fc.multiplier.abs()
             run.step(loss + args.orth * orthogonality(model), logits, y)
         run.finish_epoch()
-    if not plain:
-        run.annotate("geodesic", lambda model: geodesic_statistics(model, data.x_train, data.y_train))
+    for path in () if plain or run.rank else (run.out / "best.pt", run.out / "last.pt"):
+        model, _ = common.load_checkpoint(path, args.device)
+        common.save(common.read_file(path) | {"geodesic": geodesic_statistics(model, data)}, path)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ the radius: 10/255 for 8/255. Both passes are in train mode, as in the code of W
 The paper on CIFAR-10, clean / PGD-50: FastAT 83.80 / 46.40, +HE 82.58 / 52.55, +m-HE 83.14 / 53.49.
 """
 
-import torch
-
 import common
+
+import torch
 
 METHOD = {"linear": "fast", "he": "fast_he", "mhe": "fast_mhe"}
 MARGIN = {"linear": 0.0, "he": 0.2, "mhe": 0.1}  # Sec. 4 and Appendix C.5
@@ -58,7 +58,7 @@ def main(argv=None):
 
     for _ in run.epochs():
         for x, y in run.batches():
-            x_adv = fast_step(model, x, y, args.scale, run.warm(args.eps), run.warm(args.step_size))
+            x_adv = fast_step(model, x, y, args.scale, run.warmup(args.eps), run.warmup(args.step_size))
             logits = model(x_adv)
             run.step(common.margin_ce(logits, y, args.scale, args.margin), logits, y)
         run.finish_epoch()

@@ -20,9 +20,9 @@ The paper, clean / PGD-50: CIFAR-10, FreeAT 77.21 / 46.14, +HE 76.85 / 50.98, +m
 FreeAT 60.28 / 31.39, +HE 61.83 / 39.85. (The step on ImageNet is the paper's 1/255; its code has 4/255.)
 """
 
-import torch
-
 import common
+
+import torch
 
 METHOD = {"linear": "free", "he": "free_he", "mhe": "free_mhe"}
 MARGIN = {"linear": 0.0, "he": 0.2, "mhe": 0.1}  # Sec. 4 and Appendix C.5
@@ -59,7 +59,7 @@ def main(argv=None):
     for _ in run.epochs():
         for x, y in run.batches():
             delta = run.carry.get("delta", torch.zeros_like(x))  # from the batch before: the epoch begins with 0
-            eps, step_size = run.warm(args.eps), run.warm(args.step_size)
+            eps, step_size = run.warmup(args.eps), run.warmup(args.step_size)
             x_adv = (x + delta).clamp(0, 1).requires_grad_()
             logits = model(x_adv)
             run.step(common.margin_ce(logits, y, args.scale, args.margin), logits, y)

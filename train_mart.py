@@ -19,9 +19,9 @@ this one's at 68 and 81 of 90.
 The weight penalization paper (Table 2) quotes 84.17 clean / 58.56 under PGD-20 on CIFAR-10, WRN-34-10.
 """
 
-import torch.nn.functional as F
-
 import common
+
+import torch.nn.functional as F
 
 OVERRIDES = {
     "cifar10": dict(
@@ -55,7 +55,7 @@ def main(argv=None):
 
     for _ in run.epochs():
         for x, y in run.batches():
-            eps, step_size = run.warm(args.eps), run.warm(args.step_size)
+            eps, step_size = run.warmup(args.eps), run.warmup(args.step_size)
             x_adv = common.pgd(model, x, y, loss=common.margin_ce, eps=eps, step_size=step_size, steps=args.steps)
             logits, logits_adv = model(x), model(x_adv)
             run.step(mart_loss(logits, logits_adv, y, args.beta), logits_adv, y)

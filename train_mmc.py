@@ -57,7 +57,7 @@ def main(argv=None):
     for _ in run.epochs():
         for x, y in run.batches():
             if args.adversarial:
-                eps, step_size = run.warm(args.eps), run.warm(args.step_size)
+                eps, step_size = run.warmup(args.eps), run.warmup(args.step_size)
                 x = common.pgd(model, x, y, loss=mmc_loss, eps=eps, step_size=step_size, steps=args.steps)
             logits = model(x)
             run.step(mmc_loss(logits, y), logits, y)

@@ -43,7 +43,7 @@ def main(argv=None):
 
     for _ in run.epochs():
         for x, y in run.batches():
-            eps, step_size = run.warm(args.eps), run.warm(args.step_size)
+            eps, step_size = run.warmup(args.eps), run.warmup(args.step_size)
             x_adv = common.pgd(model, x, y, loss=attack_loss, eps=eps, step_size=step_size, steps=args.steps)
             logits = model(x_adv)
             loss = common.margin_ce(logits, y, args.scale, args.margin)

@@ -19,10 +19,10 @@ pass, this differentiates through the normalization (Eq. 4).
 The paper on CIFAR-10, WRN-34-10, clean / PGD-20: TRADES 84.62 / 56.48, +HE 84.88 / 62.02, +m-HE 84.30 / 61.83.
 """
 
+import common
+
 import torch
 import torch.nn.functional as F
-
-import common
 
 METHOD = {"linear": "trades", "he": "trades_he", "mhe": "trades_mhe"}
 MARGIN = {"linear": 0.0, "he": 0.2, "mhe": 0.1}  # Sec. 4 and Appendix C.5
@@ -53,14 +53,14 @@ def main(argv=None):
 
     for _ in run.epochs():
         for x, y in run.batches():
-            with common.attack_mode(model), torch.no_grad():
+            with common.frozen_eval(model), torch.no_grad():
                 natural = model(x)
 
             def attack_loss(logits, y, natural=natural):
                 return kl(natural, logits, args.scale)
 
-            start = x + 0.001 * common.draw(torch.Tensor.normal_, x)
-            eps, step_size = run.warm(args.eps), run.warm(args.step_size)
+            start = x + 0.001 * torch.randn_like(x)
+            eps, step_size = run.warmup(args.eps), run.warmup(args.step_size)
             x_adv = common.pgd(
                 model, x, y, loss=attack_loss, eps=eps, step_size=step_size, steps=args.steps, start=start
             )

@@ -21,11 +21,11 @@ The paper, clean / PGD: MNIST, small network, 99.39 / 81.90 (PGD-40); CIFAR-10, 
 A defense without adversarial examples that holds against PGD is what gradient masking looks like: eval_all.py tells.
 """
 
-import torch
-import torch.nn.functional as F
-
 import common
 import models
+
+import torch
+import torch.nn.functional as F
 
 SMALL = dict(arch="small_cnn", epochs=400, optimizer="adam", lr=0.01, schedule="constant", source="WeightPen, Sec. 4.2")
 LARGE = dict(epochs=400, optimizer="adam", lr=0.01, weight_decay=0.0, schedule="gentle")
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     flag, number = parser.add_argument, common.number
     flag("--activation", choices=models.ACTIVATIONS, default="tanh", help="the last one (default: tanh; Sec. 3.2)")
     flag("--alpha", type=number(float, 0), default=100.0, help="of the penalty (default: 100; Sec. 4)")
-    flag("--s", type=number(float, 0), default=0.1, help="length of the class weights (default: 0.1; Sec. 4)")
+    flag("--weight-norm", type=number(float, 0), default=0.1, help="s, of the class weights (default: 0.1; Sec. 4)")
     flag("--penalty-norm", choices=("frobenius", "spectral"), default="frobenius", help="(default: frobenius)")
     return common.finish_args(parser.parse_args(argv), "weightpen")
 
@@ -65,7 +65,7 @@ def main(argv=None):
     for _ in run.epochs():
         for x, y in run.batches():
             logits = model(x)
-            penalty = simplex_penalty(model.fc.weight, args.s, args.penalty_norm)
+            penalty = simplex_penalty(model.fc.weight, args.weight_norm, args.penalty_norm)
             run.step(F.cross_entropy(logits, y) + args.alpha * penalty, logits, y)
         run.finish_epoch()
 

@@ -3,12 +3,12 @@
 import importlib
 import sys
 
+import common
+import models
+
 import numpy as np
 import pytest
 import torch
-
-import common
-import models
 
 
 @pytest.fixture

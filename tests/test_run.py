@@ -1,272 +1,377 @@
-"""The Run: same seed same bits, kill -9 and --resume, the schedules, the warm-up, what is written."""
+"""The Run: same seed same bits, kills and signals, resume, schedules, what is written, wrong input."""
 
-import argparse
 import csv
+import importlib
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import common
+import models
+import train_pgd_he
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import common
-import models
-import train_pgd_he
-
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ("--epochs", "3", "--limit", "300", "--steps", "2", "--batch-size", "32", "--eps-warmup", "1")
+SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
+QUICK = ("--limit", "292", "--steps", "2", "--batch-size", "32", "--eps-warmup", "1")  # 6 batches an epoch
 
 
-def start(out, *flags, script="train_pgd_he.py"):
-    command = [sys.executable, "-u", str(ROOT / script), *QUICK, *map(str, flags), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(script, out, *flags, **environment):
+    """A training script in a process of its own."""
+    command = [sys.executable, "-u", ROOT / f"{script}.py", *QUICK, *flags, "--out", out]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, command)), env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def finish(*arguments, **options):
-    process = start(*arguments, **options)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
+def state(out, file="last.pt"):
+    """What a run has come to, without its times."""
+    content = common.read_file(out / file)
+    rows = [{key: row[key] for key in row if key not in ("images_per_s", "seconds")} for row in content["history"]]
+    return content["model"], rows
 
 
-def weights(out):
-    return common.read_file(out / "last.pt")["model"]
+def assert_same(a, b):
+    assert all(torch.equal(a[0][key], b[0][key]) for key in a[0] | b[0]) and a[1] == b[1]
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_stopped_in_mid_epoch_and_resumed_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch, script):
+    """By a signal that comes in the second of three batches of the second epoch."""
+    flags, batches = ["--limit", "196", "--batch-size", "32", "--steps", "1", "--epochs", "2"], common.Run.batches
+    flags += ["--train", "fgsm", "--loss", "annealing"] if script == "train_dsphere" else ["--arch", "small_cnn"]
+    flags += ["--replays", "2"] if script == "train_free_he" else []
+    assert cli(script, *flags, "--out", tmp_path / "whole")[0] == 0
+
+    def interrupted(run):
+        for number, batch in enumerate(batches(run)):
+            if run.epoch == 2 and number == run.replays:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "batches", interrupted)
+        code, _, err = cli(script, *flags, "--out", tmp_path / "part")
+    assert code == 143 and "stopped in epoch 2 after 2 batches; continue with: python" in err and "--resume" in err
+    torch.manual_seed(123)  # what was drawn before plays no part
+    code, out, _ = cli(script, *flags, "--out", tmp_path / "part", "--resume")
+    assert code == 0 and "resumed after epoch 1 and 2 batches" in out
+    for file in ("last.pt", "best.pt"):
+        assert_same(state(tmp_path / "whole", file), state(tmp_path / "part", file))
 
 
-def log_rows(out):
-    with open(out / "log.csv") as file:
-        return list(csv.DictReader(file))
+def test_kills_at_any_instant_cost_an_epoch_at_most(tmp_path):
+    flags = ("--arch", "wrn-10-1", "--epochs", "4")  # batch norm: running statistics count too
+    process = start("train_pgd_he", tmp_path / "whole", *flags)
+    assert process.wait() == 0
+    for instant in (0, 0.2):  # seconds after the first epoch that a process finishes
+        process = start("train_pgd_he", tmp_path / "killed", *flags, "--resume")
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                time.sleep(instant)
+                break
+        process.kill()
+        process.wait()
+    process = start("train_pgd_he", tmp_path / "killed", *flags, "--resume")
+    assert process.wait() == 0
+    for file in ("last.pt", "best.pt"):
+        assert_same(state(tmp_path / "whole", file), state(tmp_path / "killed", file))
+    rows = list(csv.DictReader(open(tmp_path / "killed" / "log.csv")))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_batch_and_says_how_to_go_on_and_a_second_one_ends_at_once(tmp_path, number, code):
+    process = start("train_pgd_he", tmp_path / "run", "--epochs", "1000")
+    while not process.stdout.readline().startswith("epoch 1 "):
+        pass
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    last = err.strip().splitlines()[-1]
+    assert process.returncode == code and "stopped in epoch" in last and last.endswith("--resume")
+    process = start("train_pgd_he", tmp_path / "slow", "--epochs", "1", "--steps", "1000000")  # a batch takes hours
+    while "writing to" not in process.stdout.readline():
+        pass
+    time.sleep(2)
+    for _ in range(2):
+        process.send_signal(number)
+        time.sleep(0.5)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip().splitlines()[-1].startswith("interrupted")
+
+
+def test_the_spin_count_is_set_before_torch_is_loaded():
+    for script in SCRIPTS:
+        imports = re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{script}.py").read_text(), re.MULTILINE)
+        assert "common" in imports and "torch" not in imports[: imports.index("common")], script
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)}
+    for wanted, own in (("10000", {}), ("77", {"GOMP_SPINCOUNT": "77"})):  # the user's value wins
+        command = [sys.executable, "-c", "import train_weightpen"]
+        err = subprocess.run(command, env=environment | own, capture_output=True, text=True).stderr
+        assert f"GOMP_SPINCOUNT = '{wanted}'" in err
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """An uninterrupted run; WRN with batch norm, so that running statistics count too."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    finish(out, "--arch", "wrn-10-1")
+def finished(tmp_path_factory):
+    """A finished run of three epochs."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert start("train_pgd_he", out, "--epochs", "3", "--arch", "wrn-10-1").wait() == 0
     return out
 
 
-def test_the_same_seed_gives_the_same_bits_in_a_fresh_process(whole_run, tmp_path):
-    finish(tmp_path / "again", "--arch", "wrn-10-1")
-    assert same(weights(whole_run), weights(tmp_path / "again"))
-    finish(tmp_path / "other", "--arch", "wrn-10-1", "--seed", "1")
-    assert not same(weights(whole_run), weights(tmp_path / "other"))
-
-
-def test_a_run_killed_by_sigkill_and_resumed_equals_an_uninterrupted_one(whole_run, tmp_path):
-    out = tmp_path / "killed"
-    process = start(out, "--arch", "wrn-10-1")
-    for line in process.stdout:
-        if line.startswith("epoch   1/3"):
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    output = finish(out, "--arch", "wrn-10-1", "--resume")
-    assert "resumed after epoch" in output
-    assert same(weights(whole_run), weights(out))
-    assert same(common.read_file(whole_run / "best.pt")["model"], common.read_file(out / "best.pt")["model"])
-    assert [row["epoch"] for row in log_rows(out)] == ["1", "2", "3"]
-    timed = ("images_per_s", "seconds")
-    drop = lambda rows: [{key: row[key] for key in row if key not in timed} for row in rows]  # noqa: E731
-    assert drop(log_rows(out)) == drop(log_rows(whole_run))
-
-
-def test_a_finished_run_holds_all_its_files_and_the_best_epoch(whole_run):
-    assert {path.name for path in whole_run.iterdir()} == {"args.json", "log.csv", "curves.png", "last.pt", "best.pt"}
-    rows, best = log_rows(whole_run), common.read_file(whole_run / "best.pt")
-    top = max(float(row["val_robust"]) for row in rows)
-    assert best["metrics"]["val_robust"] == pytest.approx(top)
-    assert best["epoch"] == next(int(row["epoch"]) for row in rows if float(row["val_robust"]) == pytest.approx(top))
-    arguments = json.loads((whole_run / "args.json").read_text())
-    assert (arguments["method"], arguments["arch"], arguments["epochs"]) == ("pgd_he", "wrn-10-1", 3)
-    assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_checkpoint_needs_nothing_but_itself(whole_run):
-    model, meta = common.load_checkpoint(whole_run)
+def test_a_finished_run_holds_its_files_and_a_checkpoint_needs_nothing_but_itself(finished):
+    assert {path.name for path in finished.iterdir()} == {"args.json", "log.csv", "last.pt", "best.pt"}
+    rows, best = list(csv.DictReader(open(finished / "log.csv"))), common.read_file(finished / "best.pt")
+    robust = [float(row["val_robust"]) for row in rows]
+    assert best["epoch"] == 1 + max(range(3), key=lambda i: (robust[i], float(rows[i]["val_clean"])))
+    assert json.loads((finished / "args.json").read_text())["method"] == "pgd_he"
+    model, meta = common.load_checkpoint(finished)
     assert not model.training and not model.amp and (model.scale, model.margin) == (15.0, 0.2)
-    assert (meta["dataset"]["name"], meta["dataset"]["shape"], meta["dataset"]["images"]) == (
-        "digits",
-        (1, 8, 8),
-        (200, 100),
-    )
-    assert meta["method"] == "pgd_he" and "torch" in meta["versions"] and "optimizer" not in meta
-    images = common.to_float(common.load_data("digits").x_val)
-    assert model(images).argmax(1).float().std() > 0
+    assert (meta["method"], meta["args"]["dataset"], meta["epoch"]) == ("pgd_he", "digits", best["epoch"])
+    assert {"history", "hardware", "model_options"} <= meta.keys() and "optimizer" not in meta
+    data = common.load_data("digits")
+    x = common.images_at(data.x_train, data.val, "cpu")
+    clean = 100 * (model(x).argmax(1) == data.y_train[data.val]).float().mean().item()
+    assert clean == pytest.approx(best["history"][-1]["val_clean"])
 
 
-def test_a_second_run_into_the_same_folder_is_refused(whole_run, refused):
-    before = (whole_run / "last.pt").read_bytes()
-    line = refused("train_pgd_he", "--out", whole_run)
-    assert "already holds a run" in line and "--resume" in line and (whole_run / "last.pt").read_bytes() == before
+def test_resume_refuses_by_name_what_has_changed(finished, refused, make_npz, cli, tmp_path):
+    flags = [*QUICK, "--arch", "wrn-10-1", "--out", finished]
+    assert "already holds a run" in refused("train_pgd_he", *flags, "--epochs", "3")
+    flags += ["--resume", "--epochs"]
+    for flag, value in (("--eps", "0.2"), ("--margin", "0.1"), ("--seed", "3"), ("--batch-size", "16")):
+        assert f"{flag} was" in refused("train_pgd_he", *flags, "3", flag, value)
+    assert "--epochs was 3, now 2" in refused("train_pgd_he", *flags, "2")
+    assert "--method was pgd_he" in refused("train_trades_he", *flags, "3")
+    flags = [
+        "--dataset",
+        make_npz(),
+        "--batch-size",
+        "20",
+        "--steps",
+        "1",
+        "--arch",
+        "small_cnn",
+        "--out",
+        tmp_path / "r",
+    ]
+    assert cli("train_pgd_he", *flags, "--epochs", "1")[0] == 0
+    make_npz(x_train=np.zeros((140, 8, 8), np.uint8))
+    assert "other data" in refused("train_pgd_he", *flags, "--epochs", "2", "--resume")
 
 
-@pytest.mark.parametrize(
-    "flag, value", [("--eps", "0.2"), ("--margin", "0.1"), ("--seed", "3"), ("--batch-size", "16")]
-)
-def test_resume_with_a_changed_flag_is_refused_and_names_it(whole_run, refused, flag, value):
-    flags = [*QUICK, "--arch", "wrn-10-1", flag, value, "--out", whole_run, "--resume"]
-    assert f"{flag} was" in refused("train_pgd_he", *flags)
+def test_resume_with_more_epochs_continues_and_with_none_left_changes_nothing(cli, tmp_path):
+    flags = [*QUICK, "--out", tmp_path / "run", "--epochs"]
+    assert cli("train_pgd_he", *flags, 1)[0] == 0
+    for _ in range(2):
+        code, out, _ = cli("train_pgd_he", *flags, 2, "--resume")
+        assert code == 0 and "resumed after epoch" in out and "python eval_all.py" in out
+        assert [row["epoch"] for row in state(tmp_path / "run")[1]] == [1, 2]
 
 
-def test_resume_of_another_method_or_a_broken_file_is_refused(whole_run, refused, tmp_path):
-    flags = [*QUICK, "--arch", "wrn-10-1", "--resume", "--out"]
-    assert "--method was pgd_he" in refused("train_trades_he", *flags, whole_run)
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "last.pt").write_bytes((whole_run / "last.pt").read_bytes()[:1000])
-    assert "truncated" in refused("train_pgd_he", *flags, tmp_path / "broken")
+def test_runs_of_the_old_format_are_read_but_not_resumed(cli, refused, tmp_path):
+    flags = [*QUICK, "--epochs", "1", "--out", tmp_path / "run"]
+    assert cli("train_pgd_he", *flags)[0] == 0
+    model, _ = common.load_checkpoint(tmp_path / "run")
+    content = common.read_file(tmp_path / "run" / "last.pt")
+    common.save(content | {"format": "angular-defenses-1", "rng": {}}, tmp_path / "run" / "last.pt")
+    assert "can be evaluated, but not resumed" in refused("train_pgd_he", *flags, "--resume")
+    again, meta = common.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert "rng" not in meta and torch.equal(again.fc.weight, model.fc.weight)
 
 
-def test_resume_with_fewer_epochs_is_refused(whole_run, refused):
-    before = (whole_run / "args.json").read_bytes()
-    flags = [*QUICK, "--arch", "wrn-10-1", "--epochs", "2", "--out", whole_run, "--resume"]
-    assert "--epochs was 3, now 2" in refused("train_pgd_he", *flags)
-    assert (whole_run / "args.json").read_bytes() == before
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("payload-ran"),))
 
 
-def test_a_network_that_no_evaluation_could_read_is_refused_before_the_training(monkeypatch, refused, tmp_path):
-    build = common.build_model
-
-    def with_a_temperature(*arguments, **options):
-        model = build(*arguments, **options)
-        model.temperature = torch.nn.Parameter(torch.tensor(15.0))
-        return model
-
-    monkeypatch.setattr(common, "build_model", with_a_temperature)
-    told = refused("train_pgd_he", *QUICK, "--out", tmp_path / "run")
-    assert "temperature of the model is not as build_model makes it" in told and not (tmp_path / "run").exists()
-
-
-def test_the_header_says_what_eps_gets_to_and_which_classes_have_no_image(cli, make_npz, tmp_path):
-    path = make_npz(y_train=np.arange(140) % 3 * 4, y_test=np.arange(20) % 3 * 4)
-    flags = ["--dataset", path, "--arch", "small_cnn", "--epochs", "2", "--steps", "1", "--batch-size", "20"]
-    flags += ["--eps", "0.1", "--eps-warmup", "8", "--step-size", "0.25"]
-    code, out, _ = cli("train_pgd_he", *flags, "--out", tmp_path / "run")
-    assert code == 0 and "held-out images of 9 classes, 6 without a training image; " in out
-    assert "eps rises over 8 epochs, so in these it gets to 0.025 alone" in out
-    assert "step size 0.25 is over twice eps" in out
-    code, out, _ = cli("train_pgd_he", *QUICK, "--epochs", "1", "--out", tmp_path / "usual")
-    assert code == 0 and not any(word in out for word in ("classes", "eps rises", "twice eps"))
-
-
-def test_resume_with_more_epochs_goes_on_and_with_none_left_changes_nothing(cli, tmp_path):
-    flags = ["--limit", "200", "--steps", "1", "--batch-size", "50", "--out", tmp_path / "run"]
-    assert cli("train_pgd_he", *flags, "--epochs", 1)[0] == 0
-    code, out, _ = cli("train_pgd_he", *flags, "--epochs", 2, "--resume")
-    assert code == 0 and "resumed after epoch 1 of 2" in out
-    assert [row["epoch"] for row in log_rows(tmp_path / "run")] == ["1", "2"]
-    before = weights(tmp_path / "run")
-    assert cli("train_pgd_he", *flags, "--epochs", 2, "--resume")[0] == 0
-    assert same(before, weights(tmp_path / "run"))
+def test_a_file_that_is_no_checkpoint_is_a_user_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = models.build_model("wrn-10-1", 10, head="he")
+    good = {"format": common.FORMATS[-1], "model": model.state_dict(), "model_options": model.options}
+    torch.save(good, "good.pt")
+    whole, options = Path("good.pt").read_bytes(), model.options
+    for content in (whole[:5000], b"", b"not a checkpoint", b"\x89PNG" + bytes(100)):
+        Path("broken.pt").write_bytes(content)
+        with pytest.raises(common.UserError, match=r"broken\.pt: damaged"):
+            common.load_checkpoint("broken.pt")
+    for content, complaint in (
+        ([1, 2, 3], "damaged, or not a dict"),
+        (good | {"model": Payload()}, "damaged, or not a dict"),
+        (model.state_dict(), "a bare state dict; say what it is"),
+        (good | {"model_options": options | {"arch": "wrn-16-1"}}, "not the weights of wrn-16-1"),
+        (good | {"model_options": options | {"arch": "../vgg"}}, r"unknown arch '\.\./vgg'"),
+        ({"format": good["format"]}, "broken.pt: not the weights"),
+    ):
+        torch.save(content, "broken.pt")
+        with pytest.raises(common.UserError, match=complaint):
+            common.load_checkpoint("broken.pt")
+    with pytest.raises(common.UserError, match="no such checkpoint"):
+        common.load_checkpoint("nowhere.pt")
+    assert not Path("payload-ran").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_epoch(refused, tmp_path):
-    line = refused(
-        "train_pgd_he", *QUICK, "--optimizer", "sgd", "--lr", "1e9", "--head", "linear", "--out", tmp_path / "r"
-    )
-    assert "epoch 1" in line and "loss" in line
-    assert not (tmp_path / "r" / "last.pt").exists()
+def test_a_full_disk_is_one_line_and_keeps_the_old_checkpoint(cli, tmp_path, monkeypatch):
+    flags = [*QUICK, "--out", tmp_path / "run", "--epochs"]
+    assert cli("train_pgd_he", *flags, 1)[0] == 0
+    before, write = (tmp_path / "run" / "last.pt").read_bytes(), Path.write_bytes
+
+    def full(path, content):
+        if "last.pt" in path.name:
+            write(path, bytes(content)[:1000])
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, _, err = cli("train_pgd_he", *flags, 2, "--resume")
+    assert code == 2 and err.count("\n") == 1 and "No space left on device" in err
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient", "weight"])
+def test_a_nonfinite_loss_gradient_or_weight_names_its_epoch_and_is_not_saved(
+    cli, refused, monkeypatch, tmp_path, broken
+):
+    flags = [*QUICK, "--out", tmp_path / "run", "--schedule", "constant", "--epochs"]
+    assert cli("train_pgd_he", *flags, 1)[0] == 0
+    before, step = (tmp_path / "run" / "last.pt").read_bytes(), common.Run.step
+
+    def break_the_last(run, loss, logits, y):
+        last = run.iteration == 11
+        if last and broken != "weight":
+            loss = loss * torch.nan if broken == "loss" else loss + (logits * 0).sqrt().sum()  # d sqrt(0) is infinite
+        step(run, loss, logits, y)
+        if last and broken == "weight":
+            run.model.fc.weight.data[0, 0] = torch.inf
+
+    monkeypatch.setattr(common.Run, "step", break_the_last)
+    assert "not finite in epoch 2" in refused("train_pgd_he", *flags, 2, "--resume")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_predictions_that_never_change_are_warned_of(cli, make_npz):
+    path = make_npz(train=292, x_train=np.zeros((292, 8, 8), np.uint8))
+    flags = ["--dataset", path, "--arch", "small_cnn", *QUICK, "--epochs", "1", "--lr", "0"]
+    code, _, err = cli("train_weightpen", *flags)
+    assert code == 0 and "that of one class for all" in err
 
 
 def test_schedules():
-    multistep, cyclic, cosine = (common.SCHEDULES[name] for name in ("multistep", "cyclic", "cosine"))
-    assert [multistep(epoch / 100) for epoch in (0, 74, 75, 89, 90, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert [cyclic(done) for done in (0, 0.25, 0.5, 0.75)] == [0, 0.5, 1, 0.5]
-    assert [cosine(done) for done in (0, 0.5)] == pytest.approx([1, 0.5]) and cosine(0.999) < 1e-4
-    gentle, thirds, late, half = (common.SCHEDULES[name] for name in ("gentle", "thirds", "late", "half"))
-    assert [half(done) for done in (0.49, 0.5, 0.74, 0.75)] == pytest.approx([1, 0.1, 0.1, 0.01])
-    assert [gentle(epoch / 400) for epoch in (0, 59, 60, 119, 120)] == pytest.approx([1, 1, 0.9, 0.9, 0.81])
-    assert [thirds(done) for done in (0.33, 0.34, 0.66, 0.67)] == pytest.approx([1, 0.1, 0.1, 0.01])
-    assert [late(k / 64) for k in (33, 34, 53, 54)] == pytest.approx([1, 0.1, 0.1, 0.01])
+    expected = {
+        "multistep": {0.74: 1, 0.75: 0.1, 0.89: 0.1, 0.9: 0.01},
+        "cyclic": {0: 0, 0.25: 0.5, 0.5: 1, 0.75: 0.5},
+        "cosine": {0: 1, 0.5: 0.5, 0.9999: 0},
+        "gentle": {59 / 400: 1, 60 / 400: 0.9, 120 / 400: 0.81},
+        "thirds": {0.33: 1, 0.34: 0.1, 0.66: 0.1, 0.67: 0.01},
+        "half": {0.49: 1, 0.5: 0.1, 0.74: 0.1, 0.75: 0.01},
+        "late": {33 / 64: 1, 34 / 64: 0.1, 53 / 64: 0.1, 54 / 64: 0.01},
+        "constant": {0: 1, 0.99: 1},
+    }
+    for name, schedule in common.SCHEDULES.items():
+        assert {done: schedule(done) for done in expected[name]} == pytest.approx(expected[name], abs=1e-6)
 
 
 @pytest.mark.parametrize("command, steps", [("train_pgd_he", 2), ("train_free_he --replays 3", 6)])
-@pytest.mark.parametrize("schedule", common.SCHEDULES)
-def test_the_schedule_reaches_the_optimizer_step_by_step(cli, tmp_path, schedule, command, steps):
-    """The rate of each epoch's last step, of two batches an epoch."""
+def test_rate_eps_and_step_size_change_step_by_step(cli, tmp_path, monkeypatch, command, steps):
+    """Two batches an epoch. The log has the rate of each epoch's last step."""
+    seen, warmup = [], common.Run.warmup
+    monkeypatch.setattr(common.Run, "warmup", lambda run, value: seen.append(warmup(run, value)) or seen[-1])
     flags = ["--limit", "164", "--batch-size", "32", "--steps", "1", "--lr", "0.001", "--epochs", "4"]
-    assert cli(*command.split(), *flags, "--schedule", schedule, "--out", tmp_path / "run")[0] == 0
-    expected = [0.001 * common.SCHEDULES[schedule]((epoch * steps - 1) / (4 * steps)) for epoch in (1, 2, 3, 4)]
-    assert [float(row["lr"]) for row in log_rows(tmp_path / "run")] == pytest.approx(expected, rel=1e-4, abs=1e-12)
-
-
-def test_the_optimizer_has_the_papers_momentum_and_the_flags_rate_and_decay():
-    for optimizer, own in (("sgd", {"momentum": 0.9}), ("adam", {"betas": (0.9, 0.999)})):
-        flags = argparse.Namespace(optimizer=optimizer, lr=0.3, weight_decay=0.07)
-        (group,) = common.make_optimizer(torch.nn.Linear(2, 2), flags).param_groups
-        expected = own | {"lr": 0.3, "weight_decay": 0.07}
-        assert {key: group[key] for key in expected} == expected
+    flags += ["--schedule", "cosine", "--eps-warmup", "2", "--eps", "0.2", "--out", tmp_path / "run"]
+    assert cli(*command.split(), *flags)[0] == 0
+    expected = [0.001 * common.SCHEDULES["cosine"]((epoch * steps - 1) / (4 * steps)) for epoch in (1, 2, 3, 4)]
+    assert [row["lr"] for row in state(tmp_path / "run")[1]] == pytest.approx(expected)
+    assert seen[::2] == pytest.approx([min(0.2, 0.2 * step / (2 * steps)) for step in range(1, 4 * steps + 1)])
 
 
 @pytest.mark.parametrize("command, best", [
-    ("train_weightpen", 1), ("train_abcl", 1), ("train_mmc", 1), ("train_dsphere", 1), ("train_pgd_he", 2),
-    ("train_abcl --adversarial", 2), ("train_mmc --adversarial", 2), ("train_dsphere --train fgsm", 2),
+    ("train_weightpen", 1), ("train_mmc", 1), ("train_dsphere", 1), ("train_pgd_he", 2),
+    ("train_abcl --adversarial", 2), ("train_dsphere --train fgsm", 2),
 ])  # fmt: skip
 def test_best_pt_is_the_most_robust_epoch_or_of_natural_training_the_most_accurate(
     cli, tmp_path, monkeypatch, command, best
 ):
     held_out = iter([(90.0, 10.0), (80.0, 50.0), (80.0, 50.0)])  # the last is no better than the one before
     monkeypatch.setattr(common.Run, "_held_out", lambda run: next(held_out))
-    few = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--epochs", "3", "--out", tmp_path / "run"]
-    assert cli(*command.split(), *few)[0] == 0
+    assert cli(*command.split(), *QUICK, "--steps", "1", "--epochs", "3", "--out", tmp_path / "run")[0] == 0
     assert common.read_file(tmp_path / "run" / "best.pt")["epoch"] == best
 
 
-def test_the_log_has_shares_of_the_images_in_percent(cli, tmp_path, monkeypatch):
-    """Of a network that takes every image for class 3."""
+def test_the_log_has_percentages_of_the_images(cli, tmp_path, monkeypatch):
+    """Of a network that predicts class 3 for every image."""
     forward = models.Classifier.forward
-
-    def biased(model, x, with_features=False):
-        return forward(model, x) + 100 * F.one_hot(torch.tensor(3), 10)
-
+    biased = lambda model, x: forward(model, x) + 100 * F.one_hot(torch.tensor(3), 10)  # noqa: E731
     monkeypatch.setattr(models.Classifier, "forward", biased)
     flags = ["--head", "linear", "--limit", "164", "--batch-size", "64", "--epochs", "1", "--steps", "1"]
     assert cli("train_pgd_he", *flags, "--lr", "1e-9", "--out", tmp_path / "run")[0] == 0
-    (row,), data = log_rows(tmp_path / "run"), common.load_data("digits", limit=164)
-    of_class_3 = [100 * (y == 3).float().mean().item() for y in (data.y_train, data.y_val, data.y_val)]
-    told = [float(row[key]) for key in ("train_accuracy", "val_clean", "val_robust")]
-    assert told == pytest.approx(of_class_3, abs=0.01) and min(told) > 2
-    assert float(row["loss"]) == pytest.approx(100 - of_class_3[0], abs=3)  # its logits are apart by 100
+    (row,), data = state(tmp_path / "run")[1], common.load_data("digits", limit=164)
+    of_class_3 = [100 * (data.y_train[rows] == 3).float().mean().item() for rows in (data.train, data.val, data.val)]
+    logged = [row[key] for key in ("train_accuracy", "val_clean", "val_robust")]
+    assert logged == pytest.approx(of_class_3, abs=0.01) and min(logged) > 2
+    assert row["loss"] == pytest.approx(100 - of_class_3[0], abs=3)  # its logits are apart by 100
 
 
-def test_eps_warms_up_linearly(cli, tmp_path, monkeypatch):
-    seen = []
-    original = common.pgd
+@pytest.fixture
+def run_on(make_npz, tmp_path):
+    """run_on("cifar10_toy", shape) -> a Run on a small file of that name, with the arguments of PGD-AT."""
 
-    def record(*args, **settings):
-        seen.append((settings["eps"], settings["step_size"]))
-        return original(*args, **settings)
+    def make(name, shape):
+        argv = ["--dataset", str(make_npz(name, shape=shape)), "--arch", "wrn-10-1", "--batch-size", "10"]
+        args = train_pgd_he.parse_args([*argv, "--out", str(tmp_path / "run")])
+        data = common.load_data(args.dataset)
+        run = common.Run(args, common.build_model(args, data, scale=15.0), data)
+        run.epoch = 1
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("name, shape, augmented", [
+    ("cifar10_toy", (32, 32, 3), True), ("mnist_toy", (28, 28), False), ("toy", (8, 8), False),
+    ("tiny-imagenet_toy", (8, 8, 3), True),
+])  # fmt: skip
+def test_an_epoch_visits_each_image_once_and_augments_cifar_and_imagenet_only(run_on, name, shape, augmented):
+    run = run_on(name, shape)
+    x, y = (torch.cat(parts) for parts in zip(*run.batches(), strict=True))
+    originals = common.to_float(run.data.x_train[run.data.train])
+    assert len(x) == 40 and torch.equal(y.bincount(), run.data.y_train[run.data.train].bincount())
+    found = {image.numpy().tobytes() for image in x} & {image.numpy().tobytes() for image in originals}
+    assert len(found) < 10 if augmented else len(found) == 40
+    same_x, _ = (torch.cat(parts) for parts in zip(*run.batches(), strict=True))
+    run.epoch = 2
+    other_x, _ = (torch.cat(parts) for parts in zip(*run.batches(), strict=True))
+    assert torch.equal(x, same_x) and not torch.equal(x, other_x)
+
+
+@pytest.mark.parametrize("step_size, expected", [(0.125, 0.025), (0.02, 0.02)])
+def test_held_out_pgd_is_on_scaled_logits_in_float32_and_changes_nothing(run_on, monkeypatch, step_size, expected):
+    run, seen, pgd = run_on("toy", (8, 8)), [], common.pgd
+    run.model.amp, run.args.amp, run.args.eps, run.args.step_size, run.args.steps = True, True, 0.1, step_size, 10
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    logits, target = torch.linspace(-1, 1, 10)[None], torch.tensor([3])
+
+    def record(model, x, y, *, loss, **budget):
+        assert not model.amp and budget == {"eps": 0.1, "step_size": pytest.approx(expected), "steps": 10}
+        seen.append(loss(logits, target).item())
+        return pgd(model, x, y, loss=loss, **budget)
 
     monkeypatch.setattr(common, "pgd", record)
-    flags = ["--limit", "228", "--batch-size", "32", "--steps", "1", "--epochs", "2", "--eps-warmup", "2"]
-    assert cli("train_pgd_he", *flags, "--eps", "0.2", "--step-size", "0.05", "--out", tmp_path / "run")[0] == 0
-    training, held_out = seen[:4] + seen[8:12], seen[4:8] + seen[12:]  # 4 batches of each in each of 2 epochs
-    assert [eps for eps, _ in training] == pytest.approx([0.2 * step / 8 for step in range(1, 9)])
-    assert [step_size for _, step_size in training] == pytest.approx([0.05 * step / 8 for step in range(1, 9)])
-    assert held_out == [(0.2, 0.05)] * 8
-
-
-@pytest.mark.parametrize("step_size, held_out", [(0.125, 0.025), (0.02, 0.02)])
-def test_held_out_accuracy_is_under_steps_shorter_than_the_ball(cli, tmp_path, monkeypatch, step_size, held_out):
-    seen, original = [], common.pgd
-    monkeypatch.setattr(common, "pgd", lambda *args, **settings: seen.append(settings) or original(*args, **settings))
-    flags = ["--limit", "132", "--batch-size", "32", "--epochs", "1", "--steps", 10, "--out", tmp_path / "run"]
-    assert cli("train_fast_he", *flags, "--eps", 0.1, "--step-size", step_size)[0] == 0
-    assert [settings["step_size"] for settings in seen] == pytest.approx([held_out] * 4)  # FastAT itself calls no pgd
+    first = run._held_out()
+    torch.manual_seed(5)
+    assert run._held_out() == first  # its random starts depend on the run's seed alone
+    assert seen == pytest.approx([F.cross_entropy(15 * logits, target).item()] * 20)
+    after = run.model.state_dict()
+    assert run.model.amp and run.model.training and all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("script, modes", [
@@ -276,13 +381,11 @@ def test_held_out_accuracy_is_under_steps_shorter_than_the_ball(cli, tmp_path, m
 ])  # fmt: skip
 def test_examples_are_crafted_in_eval_mode_and_trained_on_in_train_mode(cli, tmp_path, monkeypatch, script, modes):
     """Natural logits of TRADES in eval mode too; FastAT's one step in train mode, as its authors do."""
-    seen, original = [], models.Classifier.forward
+    seen, forward = [], models.Classifier.forward
 
     def record(self, x, with_features=False):
-        trains = torch.is_grad_enabled() and next(self.parameters()).requires_grad
-        assert self.training or not trains, "weights were trained in eval mode"
         seen.append(self.training)
-        return original(self, x, with_features)
+        return forward(self, x, with_features)
 
     monkeypatch.setattr(models.Classifier, "forward", record)
     flags = ["--limit", "132", "--batch-size", "32", "--steps", "3", "--epochs", "1", "--arch", "wrn-10-1"]
@@ -290,194 +393,114 @@ def test_examples_are_crafted_in_eval_mode_and_trained_on_in_train_mode(cli, tmp
     assert seen[: len(modes)] == modes
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-def test_a_compiled_model_trains_to_the_same_loss_and_its_checkpoint_loads(tmp_path):
-    finish(tmp_path / "compiled", "--arch", "wrn-10-1", "--no-amp", "--epochs", "1", "--compile")
-    finish(tmp_path / "eager", "--arch", "wrn-10-1", "--no-amp", "--epochs", "1")
-    compiled, eager = (float(log_rows(tmp_path / name)[0]["loss"]) for name in ("compiled", "eager"))
-    assert compiled == pytest.approx(eager, rel=1e-2)
-    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
-    common.load_checkpoint(tmp_path / "compiled")
+def test_a_compiled_model_trains_to_the_same_loss_and_its_checkpoint_loads(cli, tmp_path, monkeypatch):
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend="aot_eager"))
+    losses = []
+    for flag in ("--compile", "--no-compile"):
+        flags = [*QUICK, "--arch", "small_cnn", "--no-amp", "--epochs", "1", "--out", tmp_path / flag, flag]
+        assert cli("train_pgd_he", *flags)[0] == 0
+        losses.append(state(tmp_path / flag)[1][0]["loss"])
+        common.load_checkpoint(tmp_path / flag)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_resume_with_more_epochs_takes_its_first_step_at_the_longer_runs_rate(cli, tmp_path):
-    flags = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--lr", "0.001", "--out", tmp_path / "run"]
-    assert cli("train_pgd_he", *flags, "--schedule", "cosine", "--epochs", "2")[0] == 0
-    assert cli("train_pgd_he", *flags, "--schedule", "cosine", "--epochs", "8", "--resume")[0] == 0
-    rates = [float(row["lr"]) for row in log_rows(tmp_path / "run")]
-    cosine = common.SCHEDULES["cosine"]
-    expected = [0.001 * cosine(done) for done in (0, 1 / 2, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8)]
-    assert rates == pytest.approx(expected, rel=1e-4)
+# Wrong input: one line on stderr, exit code 2.
+
+BAD_FLAGS = {
+    "argument --eps: 'abc' is not a number": ["--eps", "abc"],
+    "argument --eps: '8/0' is not a number": ["--eps", "8/0"],
+    "from 0 to 1": ["--eps", "8"],
+    "argument --eps: 'nan'": ["--eps", "nan"],
+    "argument --lr: '1e999'": ["--lr", "1e999"],
+    "argument --steps: '2.5' is not a number (int)": ["--steps", "2.5"],
+    "argument --device: 'tpu' is not available": ["--device", "tpu"],
+    "argument --device: 'meta' is not available": ["--device", "meta"],
+    "argument --device: 'cuda:99' is not available": ["--device", "cuda:99"],
+    "unrecognized arguments: --epss": ["--epss", "0.1"],
+    "unknown arch 'vgg'": ["--arch", "vgg"],
+    "depth of wrn-D-W": ["--arch", "wrn-12-1"],
+    "--batch-size 5000": ["--batch-size", "5000"],
+    "expected one argument": ["--dataset"],
+    "argument --head: invalid choice: 'cosine'": ["--head", "cosine"],
+    "head he alone": ["--head", "mhe", "--no-fn"],
+}
 
 
-def test_resume_on_other_data_under_the_same_name_is_refused(cli, refused, make_npz, tmp_path):
-    flags = [
-        "--dataset",
-        make_npz(),
-        "--arch",
-        "small_cnn",
-        "--batch-size",
-        "20",
-        "--steps",
-        "1",
-        "--out",
-        tmp_path / "run",
-    ]
-    assert cli("train_pgd_he", *flags, "--epochs", "1")[0] == 0
-    make_npz(train=160)
-    assert "other data" in refused("train_pgd_he", *flags, "--epochs", "2", "--resume")
+@pytest.mark.parametrize("complaint", BAD_FLAGS)
+def test_a_bad_flag_is_one_line(refused, complaint):
+    line = refused("train_pgd_he", *BAD_FLAGS[complaint])
+    assert complaint in line and line.startswith("train_pgd_he.py: error: ")
 
 
-def test_resume_rewrites_a_log_that_a_kill_left_behind(cli, tmp_path):
-    flags = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--epochs", "1", "--out", tmp_path / "run"]
-    assert cli("train_pgd_he", *flags)[0] == 0
-    for name in ("log.csv", "curves.png"):
-        (tmp_path / "run" / name).unlink()
-    assert cli("train_pgd_he", *flags, "--resume")[0] == 0
-    assert len(log_rows(tmp_path / "run")) == 1 and (tmp_path / "run" / "curves.png").exists()
+def test_other_errors_are_one_line_too(refused, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file" / "run") in refused("train_pgd_he", "--out", tmp_path / "file" / "run")
+    for error, code, words in (
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory"),
+        (KeyboardInterrupt(), 130, "--resume"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            common.cli(lambda error=error: (_ for _ in ()).throw(error))
+        err = capsys.readouterr().err
+        assert stop.value.code == code and err.count("\n") == 1 and words in err
 
 
-@pytest.mark.parametrize(
-    "content", [{"format": common.FORMAT}, {"format": common.FORMAT, "args": {}}, {"format": "other"}]
-)
-def test_resume_of_an_incomplete_checkpoint_is_one_line(refused, tmp_path, content):
-    (tmp_path / "run").mkdir()
-    torch.save(content, tmp_path / "run" / "last.pt")
-    assert "last.pt" in refused("train_pgd_he", "--resume", "--out", tmp_path / "run")
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("name, shape", [("mnist", (28, 28)), ("cifar10", (32, 32, 3)), ("mine", (32, 32, 3))])
+def test_every_scripts_defaults_begin_a_run_on_every_dataset(make_npz, monkeypatch, tmp_path, script, name, shape):
+    class Begun(Exception):
+        pass
+
+    def begin(self, args, model, data, **options):
+        assert args.epochs and model.options["arch"] == args.arch
+        raise Begun
+
+    def build(*arguments, **options):
+        with torch.device("meta"):  # no memory and no time for its weights
+            return make(*arguments, **options)
+
+    make = models.build_model
+    monkeypatch.setattr(models, "build_model", build)
+    monkeypatch.setattr(common.Run, "__init__", begin)
+    with pytest.raises(Begun):
+        importlib.import_module(script).main(["--dataset", str(make_npz(name, shape=shape)), "--out", str(tmp_path)])
 
 
-@pytest.fixture
-def run_on(make_npz, tmp_path):
-    """run_on("cifar10_toy", shape) -> a Run on a small file of that name, with the parsed arguments of PGD-AT."""
-
-    def make(name, shape):
-        argv = ["--dataset", str(make_npz(name, shape=shape)), "--arch", "wrn-10-1", "--batch-size", "10"]
-        args = train_pgd_he.parse_args([*argv, "--out", str(tmp_path / "run")])
-        data = common.load_data(args.dataset)
-        return common.Run(args, common.build_model(args, data), data)
-
-    return make
+def test_help_shows_the_defaults_in_force_and_their_source(cli):
+    code, out, _ = cli("train_pgd_he", "--dataset", "cifar10", "--head", "mhe", "--help")
+    text = " ".join(out.split())
+    assert code == 0 and "(default: wrn-34-10; HE, Sec. 4, and its code)" in text
+    assert "(default: 0.1; HE, Sec. 4 and C.5)" in text
 
 
-@pytest.mark.parametrize("name, shape, augmented", [
-    ("cifar10_toy", (32, 32, 3), True), ("cifar100_toy", (32, 32, 3), True), ("mnist_toy", (28, 28), False),
-    ("toy", (8, 8), False), ("tiny-imagenet_toy", (8, 8, 3), True),
-])  # fmt: skip
-def test_an_epoch_visits_each_image_once_and_augments_cifar_and_imagenet_alone(run_on, name, shape, augmented):
-    run = run_on(name, shape)
-    batches = list(run.batches())
-    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-    originals = common.to_float(run.data.x_train)
-    assert len(x) == 40 and torch.equal(y.bincount(), run.data.y_train.bincount())
-    found = {image.numpy().tobytes() for image in x} & {image.numpy().tobytes() for image in originals}
-    assert len(found) == 40 if not augmented else len(found) < 10
-    again = torch.cat([y for _, y in run.batches()])
-    assert not torch.equal(y, run.data.y_train) and not torch.equal(y, again)  # in an order of its own
+HE = dict(epochs=100, optimizer="sgd", schedule="multistep", arch="wrn-34-10", lr=0.1, weight_decay=2e-4, steps=10)
+HE |= dict(eps=8 / 255, step_size=2 / 255, scale=15.0, margin=0.2)
+ANGULAR = dict(eps=0.031, step_size=0.007, margin=0.0, alpha=0.55, beta=0.48)
+PAPERS = {
+    "train_pgd_he --dataset cifar10": HE,
+    "train_pgd_he --dataset cifar10 --head mhe": HE | dict(margin=0.1),
+    "train_pgd_he --dataset cifar10 --head linear": HE | dict(margin=0.0, scale=1.0),
+    "train_trades_he --dataset x/cifar10_jpeg.npz": HE | dict(beta=6.0),
+    "train_trades_he --dataset imagenet --head mhe": dict(scale=10.0, margin=0.1, arch="resnet50", eps=4 / 255),
+    "train_fast_he --dataset cifar10": dict(arch="preactresnet18", epochs=30, lr=0.2, step_size=10 / 255, margin=0.2),
+    "train_free_he --dataset cifar10": dict(arch="preactresnet18", epochs=10, lr=0.04, replays=8, schedule="cyclic"),
+    "train_free_he --dataset imagenet": dict(epochs=23, batch_size=256, step_size=1 / 255, replays=4, scale=10.0),
+    "train_mart --dataset cifar10": dict(epochs=90, weight_decay=7e-4, eps=0.031, step_size=0.007, beta=6.0),
+    "train_mmc --dataset cifar10": dict(arch="resnet32", epochs=200, batch_size=50, lr=0.01, center_norm=10.0),
+    "train_angular_at --dataset cifar10": ANGULAR | dict(arch="wrn-34-10", lr=0.1, weight_decay=5e-4),
+    "train_angular_at --dataset cifar100": ANGULAR | dict(arch="resnet18", lr=0.01, weight_decay=3.5e-3),
+    "train_weightpen --dataset cifar10": dict(epochs=400, optimizer="adam", lr=0.01, alpha=100.0, weight_norm=0.1),
+    "train_weightpen --dataset mnist": dict(arch="small_cnn", schedule="constant", activation="tanh"),
+    "train_dsphere --dataset mnist": dict(epochs=66, schedule="thirds", eps=0.3, step_size=0.075, correlation="cosine"),
+    "train_dsphere --dataset cifar10": dict(arch="dsphere_cifar", epochs=168, schedule="late", steps=7, lr=1e-3),
+    "train_abcl --dataset mnist": dict(arch="alexnet", k1=512.0, k2=64.0, feature_dim=10, scale=5.0, margin=0.2),
+    "train_abcl --dataset cifar10 --base=sce": dict(scale=1.0, margin=0.0),
+}
 
 
-def test_an_image_is_padded_by_4_pixels_before_it_is_cropped(run_on):
-    assert run_on("cifar10_toy", (32, 32, 3)).x_train.shape == (40, 3, 40, 40)
-
-
-def test_held_out_pgd_is_on_scaled_logits_from_a_random_start_in_float32(run_on, monkeypatch):
-    run, seen = run_on("toy", (8, 8)), []
-    run.model.amp = run.args.amp = True
-    run.model.scale = 15.0
-    before = {key: value.clone() for key, value in run.model.state_dict().items()}
-
-    def record(model, x, y, *, loss, start, **budget):
-        assert not model.amp and 0 < (start - x).abs().max() <= budget["eps"]
-        seen.append(loss(logits, target).item())
-        return x
-
-    logits, target = torch.linspace(-1, 1, 10)[None], torch.tensor([3])
-    monkeypatch.setattr(common, "pgd", record)
-    run._held_out()
-    assert seen == pytest.approx([F.cross_entropy(15 * logits, target).item()] * 10)
-    assert run.model.amp and run.model.training and same(before, run.model.state_dict())  # batch norm's statistics too
-
-
-def test_a_held_out_image_that_is_wrong_clean_is_not_robust(run_on, monkeypatch):
-    """Of class 3, and told as such under attack alone."""
-    run = run_on("toy", (8, 8))
-    monkeypatch.setattr(common, "pgd", lambda model, x, y, **settings: torch.ones_like(x))
-    run.y_val = torch.full((len(run.y_val),), 3)
-
-    def knows(model, x, with_features=False):
-        attacked = (x == 1).flatten(1).all(1, keepdim=True)
-        return torch.where(attacked, F.one_hot(torch.tensor(3), 10), F.one_hot(torch.tensor(4), 10)).float()
-
-    monkeypatch.setattr(models.Classifier, "forward", knows)
-    assert run._held_out() == (0, 0)
-
-
-def test_trades_starts_beside_the_image_and_compares_with_natural_logits_in_eval_mode(cli, tmp_path, monkeypatch):
-    seen, modes = [], []
-    pgd, forward = common.pgd, models.Classifier.forward
-
-    def record_start(model, x, y, **settings):
-        seen.append((settings.get("start", x) - x).std().item())
-        return pgd(model, x, y, **settings)
-
-    def record_mode(self, x, with_features=False):
-        modes.append(self.training)
-        return forward(self, x, with_features)
-
-    monkeypatch.setattr(common, "pgd", record_start)
-    monkeypatch.setattr(models.Classifier, "forward", record_mode)
-    flags = ["--limit", "132", "--batch-size", "32", "--steps", "2", "--epochs", "1"]
-    assert cli("train_trades_he", *flags, "--out", tmp_path / "run")[0] == 0
-    assert seen[0] == pytest.approx(0.001, rel=0.1)
-    assert modes[:5] == [False, False, False, True, True]  # natural logits, two steps, then x and x_adv
-
-
-@pytest.mark.parametrize("warmup", (0, 1))
-def test_free_replays_each_batch_and_takes_both_gradients_from_one_backward_pass(cli, tmp_path, monkeypatch, warmup):
-    """delta_{t+1} = clip(delta_t + step * sign(grad)) in ball and range, of the very loss that updates the weights.
-
-    Ball and step grow with every replay where the first epoch, of six, is a warm-up.
-    """
-    passes, stepped, images = [], [], []
-    forward, step, batches = models.Classifier.forward, common.Run.step, common.Run.batches
-
-    def record(self, x, with_features=False):
-        if self.training:
-            passes.append(x)
-        return forward(self, x, with_features)
-
-    def record_step(self, loss, logits, y):
-        step(self, loss, logits, y)
-        stepped.append((passes[-1].detach(), passes[-1].grad.clone()))
-
-    def record_batches(self):
-        for x, y in batches(self):
-            images.append(x)
-            yield x, y
-
-    monkeypatch.setattr(models.Classifier, "forward", record)
-    monkeypatch.setattr(common.Run, "step", record_step)
-    monkeypatch.setattr(common.Run, "batches", record_batches)
-    flags = ["--limit", "164", "--batch-size", "32", "--epochs", "1", "--eps-warmup", warmup, "--eps", "0.1"]
-    flags += ["--step-size", "0.04", "--replays", "3", "--no-amp", "--out", tmp_path / "run"]
-    assert cli("train_free_he", *flags)[0] == 0
-    assert len(passes) == len(stepped) == 6 and len(log_rows(tmp_path / "run")) == 1
-    assert torch.equal(images[0], images[2]) and not torch.equal(images[2], images[3])
-    delta = torch.zeros(32, 1, 8, 8)
-    for i, (x, (x_adv, grad)) in enumerate(zip(images, stepped, strict=True)):  # over the change of batch as well
-        torch.testing.assert_close(x_adv, (x + delta).clamp(0, 1))
-        grown = (i + 1) / 6 if warmup else 1
-        eps, step_size = 0.1 * grown, 0.04 * grown
-        delta = ((x + delta + step_size * grad.sign()).clamp(x - eps, x + eps).clamp(0, 1)) - x
-
-
-def test_free_resumed_equals_free_uninterrupted(tmp_path):
-    flags = ["--replays", "2"]
-    finish(tmp_path / "whole", *flags, script="train_free_he.py")
-    process = start(tmp_path / "killed", *flags, script="train_free_he.py")
-    for line in process.stdout:
-        if line.startswith("epoch   2/3"):
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
-    finish(tmp_path / "killed", *flags, "--resume", script="train_free_he.py")
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+@pytest.mark.parametrize("command", PAPERS)
+def test_the_papers_defaults(command):
+    script, *flags = command.split()
+    args = vars(importlib.import_module(script).parse_args(flags))
+    assert {key: args[key] for key in PAPERS[command]} == PAPERS[command]
