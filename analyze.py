@@ -1,0 +1,420 @@
+"""Figures and tables about trained models, besides the attacks of eval_all.py.
+
+    python analyze.py runs/A --curves --gradients --features --angles --examples
+    python analyze.py runs/A runs/B --curves --gradients          # several models in one figure
+    python analyze.py runs/A --corruptions data/CIFAR-10-C
+    python analyze.py runs/dsphere-digits-s0 --geodesic
+
+Attacked images are those of PGD-20 on the training loss. Test images are kept in memory: ImageNet needs --num-images.
+"""
+
+import json
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import common
+import eval_all
+import models
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import quantile_test
+from sklearn.manifold import TSNE
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+ANALYSES = {
+    "curves": "accuracy against eps, steps and restarts, under PGD on the cross-entropy and on the margin",
+    "gradients": "gradient norms of the weights, attacked / clean, by layer (HE, Fig. 3), for 100 images",
+    "features": "2,000 features, clean and attacked, in the plane: t-SNE, or z itself if it has two dimensions",
+    "angles": "degrees between class weights, and between features and the weights of their classes (ABCL, App. B)",
+    "examples": "clean images, attacked images and perturbations",
+    "corruptions": "accuracy on CIFAR-10-C, CIFAR-100-C or ImageNet-C, as published, in DIR",
+    "geodesic": "D-SphereNet's rejection by the angle (Sec. 4.3), under PGD-40 and under an attack that evades it",
+}
+CURVES = {"PGD on the cross-entropy": "pgd-{}-scaled", "PGD on the margin": "cw-inf-{}"}
+NOT_IN_MCA = {"gaussian_blur", "saturate", "spatter", "speckle_noise"}  # the published sets' extra corruptions
+GEODESIC = {  # the rates of geodesic inference, and what they mean
+    "accuracy": "accuracy on clean images if none is rejected",
+    "accepted accuracy": "accuracy on the clean images that are not rejected",
+    "accepted accuracy attacked": "accuracy on the attacked images that are not rejected",
+    "rejected clean": "share of the clean images that are rejected",
+    "rejected adversarial": "share of the adversarial images that are rejected: correct clean, misclassified attacked",
+    "broken": "share of all attacked images that are misclassified and accepted",
+    "auroc": "how well the angle tells adversarial images from clean ones: 1 perfectly, 0.5 by chance",
+}
+
+
+@torch.no_grad()
+def batched(function: Callable[[Tensor], Tensor], x: Tensor, args: Namespace) -> Tensor:
+    return torch.cat([function(images) for images in x.split(args.batch_size)])
+
+
+def predictions(net: nn.Module, x: Tensor, args: Namespace) -> Tensor:
+    return batched(partial(eval_all.predict, net), x, args)
+
+
+def attacked(attack: Callable, net: nn.Module, x: Tensor, y: Tensor, args: Namespace, restart: int = 0) -> Tensor:
+    torch.manual_seed(args.seed + restart)
+    batches = zip(x.split(args.batch_size), y.split(args.batch_size), strict=True)
+    return torch.cat([attack(net, images, labels) for images, labels in batches])
+
+
+def save_figure(figure: Figure, title: str, name: str, args: Namespace) -> None:
+    figure.suptitle(title, fontsize=9)
+    args.files.append(args.out / f"{name}.png")
+    figure.savefig(args.files[-1], dpi=150)
+
+
+def print_table(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
+    print(f"\n{title}")
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows.values(), strict=True)]
+    for label, cells in {"": columns, **rows}.items():
+        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+        print(f"{label:<{max(map(len, rows))}}", *aligned, sep="   ")
+
+
+def robustness_curves(net: nn.Module, x: Tensor, y: Tensor, args: Namespace) -> dict:
+    """Accuracy against eps and restarts under PGD-20, and against the number of steps (Carlini et al. 2019): n and, for
+    each axis, its values `at` and the counts `correct` {attack: [...]}. Restarts add up."""
+    clean = predictions(net, x, args) == y
+
+    def robust(name: str, eps: float = args.eps, steps: int = 20, restarts: int = 1) -> np.ndarray:
+        attack = eval_all.find_attack(CURVES[name].format(steps))
+        step_size = eval_all.Settings(eps, args.norm, args.data.known).step_size_for(attack)
+        attack = partial(attack, eps=eps, norm=args.norm, step_size=step_size)
+        x_adv = attacked(attack, net, x, y, args, restarts - 1)
+        return (clean & (predictions(net, x_adv, args) == y)).cpu().numpy()
+
+    eps = [factor * args.eps for factor in (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)]
+    axes, result = {"eps": eps, "steps": [1, 2, 5, 10, 20, 50, 100], "restarts": [1, 2, 3, 4, 5]}, {"n": len(y)}
+    for axis, at in axes.items():
+        correct = np.array([[robust(name, **{axis: value}) for name in CURVES] for value in at])
+        correct = np.logical_and.accumulate(correct) if axis == "restarts" else correct
+        result[axis] = {"at": at, "correct": dict(zip(CURVES, correct.sum(2).T.tolist(), strict=True))}
+    return result
+
+
+def plot_curves(results: dict[str, dict], args: Namespace) -> None:
+    """Accuracy with its 95 % band: of one model a line for each attack, of several a line for each model."""
+    (model, first), *others = results.items()
+    eps, n = f"eps {args.eps:.4g}", first["n"]
+    labels = {"eps": "eps, 20 steps", "steps": f"steps, {eps}", "restarts": f"restarts of 20 steps, {eps}"}
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for (axis, label), panel in zip(labels.items(), figure.subplots(1, 3, sharey=True), strict=True):
+        at, lines = first[axis]["at"], first[axis]["correct"]
+        if others:
+            lines = {name: np.min([*own[axis]["correct"].values()], 0) for name, own in results.items()}
+        for (name, counts), marker in zip(lines.items(), 9 * "os^Dv", strict=False):
+            rows = [eval_all.accuracy(torch.arange(n) < count) for count in counts]
+            accuracy, low, high = ([row[key] for row in rows] for key in ("accuracy", "low", "high"))
+            (line,) = panel.plot(at, accuracy, marker=marker, markersize=4, label=name)
+            panel.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        panel.set(xlabel=label, ylim=(0, 101), xscale="log" if axis == "steps" else "linear")
+        panel.grid(alpha=0.3)
+    figure.supylabel("accuracy (%), 95 % band", fontsize=10)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    who = "the stronger of PGD on the cross-entropy and on the margin" if others else model
+    save_figure(figure, f"{who}: {args.ball}, n = {n:,}", "curves", args)
+
+
+def gradient_norms(net: nn.Module, x: Tensor, y: Tensor) -> tuple[list[str], Tensor]:
+    """||grad of the training loss|| of each image alone, by each weight of two or more axes: names, (B, layers)."""
+    loss, norms = eval_all.training_loss(net, eval_all.loss_margin(net)), []
+    weights = {name: p for name, p in net.named_parameters() if p.ndim > 1 and p.requires_grad}
+    for image, label in zip(x.split(1), y.split(1), strict=True):
+        grads = torch.autograd.grad(loss(net(image), label).sum(), list(weights.values()), allow_unused=True)
+        used = {name: grad.norm() for name, grad in zip(weights, grads, strict=True) if grad is not None}
+        norms.append(torch.stack(list(used.values())))
+    return [name.removesuffix(".weight") for name in used], torch.stack(norms)
+
+
+def gradient_norm_ratio(net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> dict:
+    """E(||grad_w L(x*)|| / ||grad_w L(x)||) over the images, by layer w, L the training loss (HE, Fig. 3).
+
+    Returns `layers`, and for each `mean`, the paper's figure, and `median`, which no single image can move, with `low`
+    and `high`, its 95 % interval (None below six images, where there is none). `left_out` images have no ratio: their
+    clean gradient is 0 in float32, or one of the two is not finite.
+    """
+    layers, clean = gradient_norms(net, x, y)
+    ratio = gradient_norms(net, x_adv, y)[1] / clean
+    ratio = ratio[(clean.isfinite() & ratio.isfinite()).all(1)]
+    if not len(ratio):
+        raise common.UserError("--gradients: on no clean image has the loss a finite gradient other than 0")
+    intervals = [quantile_test(column, p=0.5).confidence_interval(0.95) for column in ratio.T.cpu().numpy()]
+    low, high = ([None if math.isnan(end) else float(end) for end in ends] for ends in zip(*intervals, strict=True))
+    centers = {"mean": ratio.mean(0).tolist(), "median": ratio.median(0).values.tolist()}
+    return {"layers": layers, **centers, "low": low, "high": high, "n": len(ratio), "left_out": len(y) - len(ratio)}
+
+
+def plot_gradients(results: dict[str, dict], args: Namespace) -> None:
+    """By layer, the first on top: the median ratio with its interval, and the mean (HE, Fig. 3)."""
+    layers = list(dict.fromkeys(layer for own in results.values() for layer in own["layers"]))
+    figure = Figure(figsize=(6, 1.8 + 0.3 * len(layers)), layout="constrained")
+    axis = figure.subplots()
+    for i, (name, own) in enumerate(results.items()):
+        mean, median, low, high = (np.array(own[key], float) for key in ("mean", "median", "low", "high"))
+        places = np.array([layers.index(layer) for layer in own["layers"]]) + (i + 0.5) / (2 * len(results)) - 0.25
+        bars = {"xerr": [median - low, high - median], "capsize": 2, "linewidth": 1, "markersize": 4}
+        axis.errorbar(median, places, fmt="D", color=f"C{i}", label=f"{name}, n = {own['n']}", **bars)
+        axis.plot(mean, places, "o", color=f"C{i}", markerfacecolor="none", markersize=4)
+    axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set(xscale="log", yticks=range(len(layers)), yticklabels=layers, ylim=(len(layers) - 0.5, -0.5))
+    axis.set_xlabel("gradient norm, attacked / clean; filled: median, 95 % interval; hollow: mean", fontsize=8)
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    save_figure(figure, f"gradients of the training loss: {args.ball}, PGD-20", "gradients", args)
+
+
+def angles(net: nn.Module, x: Tensor, y: Tensor, args: Namespace) -> dict:
+    """In degrees: the `smallest` and `largest` angle between two class weights (MMC: centers), and the mean one
+    `within` a class, between the feature of a clean image and the weight of its class (ABCL, App. B)."""
+    weight = (net.fc.centers if hasattr(net.fc, "centers") else net.fc.weight).detach()
+    gram = models.cosine(weight, weight)
+    between = models.arccos(gram[~torch.eye(len(gram), dtype=torch.bool, device=gram.device)])
+    within = models.arccos(models.cosine(batched(net.features, x, args), weight).gather(1, y[:, None])).mean()
+    found = {"smallest": between.min(), "largest": between.max(), "within": within}
+    return {name: math.degrees(angle) for name, angle in found.items()}
+
+
+def print_angles(results: dict[str, dict], args: Namespace) -> None:
+    rows = {model: [f"{angle:.1f}" for angle in own.values()] for model, own in results.items()}
+    columns = ["nearest class weights", "farthest class weights", "features to own weight"]
+    print_table(f"angles in degrees: {args.data.name}", columns, rows)
+
+
+def feature_map(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args: Namespace) -> dict:
+    """Draws the features z of clean and attacked images in the plane, colored by true class, of ten classes at most: by
+    one t-SNE of both (ABCL, App. D), or z itself if d = 2. Returns the `method` and the positions, (N, 2)."""
+    z = batched(model.net.features, torch.cat([x, x_adv]), args).cpu().numpy()
+    method, label = "z" if z.shape[1] == 2 else "t-SNE", y.cpu().numpy()
+    if method == "t-SNE":
+        z = TSNE(perplexity=min(30, len(z) / 4), init="pca", random_state=args.seed % 2**32).fit_transform(z)
+    clean, moved = np.split(z.astype(float).round(3), 2)
+    correct = (predictions(model.net, x_adv, args) == y).cpu().numpy()
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    right.scatter(*clean.T, s=6, color="0.85", linewidths=0)
+    for i, k in enumerate(np.unique(label)[:10]):
+        left.scatter(*clean[label == k].T, s=10, color=f"C{i}", linewidths=0, label=k)
+        right.scatter(*moved[(label == k) & correct].T, s=10, color=f"C{i}", linewidths=0)
+        right.scatter(*moved[(label == k) & ~correct].T, s=14, color=f"C{i}", marker="x", linewidths=0.8)
+    ticks = {} if method == "z" else {"xticks": [], "yticks": []}  # the coordinates of t-SNE mean nothing
+    left.set(xlabel=f"{method}, clean", **ticks)
+    right.set_xlabel(f"{method}, attacked (x: misclassified, gray: clean)")
+    figure.legend(loc="outside right center", title="class", fontsize=8, markerscale=2)
+    save_figure(figure, f"{model.name}: {args.ball}, PGD-20, n = {len(y):,}", f"features-{model.name}", args)
+    shown = {"label": label, "correct_attacked": correct, "clean": clean, "attacked": moved}
+    return {"method": method} | {key: value.tolist() for key, value in shown.items()}
+
+
+def examples(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args: Namespace) -> dict:
+    """Draws eight clean and attacked images, those first that the attack fools, and their perturbations, amplified.
+    Returns their `row` in x, `label`, and the predictions `clean` and `attacked`."""
+    clean, moved = (predictions(model.net, images, args) for images in (x, x_adv))
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(common.SPLIT_SEED)).to(y.device)
+    fooled = ((clean == y) & (moved != y))[order]
+    rows = torch.cat([order[fooled], order[~fooled]])[:8]
+    shown = {"label": y, "clean": clean, "attacked": moved}
+    shown = {"row": rows.tolist()} | {key: value[rows].tolist() for key, value in shown.items()}
+    delta = (x_adv - x)[rows]
+    widest = max(float(delta.abs().max()), 1e-6)
+    parts = {"clean": x[rows], "attacked": x_adv[rows], f"perturbation\n(± {widest:.3g})": delta / (2 * widest) + 0.5}
+    figure = Figure(figsize=(1.1 * len(rows) + 0.4, 4.2), layout="constrained")
+    for (name, images), panels in zip(parts.items(), figure.subplots(3, len(rows), squeeze=False), strict=True):
+        panels[0].set_ylabel(name)
+        for i, (image, axis) in enumerate(zip(images.clamp(0, 1).cpu(), panels, strict=True)):
+            axis.imshow(image.permute(1, 2, 0).numpy(), cmap="gray" if name in shown else "RdBu_r", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[], title=f"label {shown['label'][i]}" if name == "clean" else "")
+            axis.set_xlabel(f"predicted {shown[name][i]}" if name in shown else "")
+    save_figure(figure, f"{model.name}: {args.ball}, PGD-20, n = {len(y):,}", f"examples-{model.name}", args)
+    return shown
+
+
+def corruption_sets(folder: Path, data: common.Data) -> Iterator[tuple[str, int, Tensor | common.ImageFiles, Tensor]]:
+    """(corruption, severity, images, labels) of CIFAR-10-C or ImageNet-C in `folder`, as published.
+
+    CIFAR-10-C: NAME.npy holds the same images at severity 1, then at 2, up to 5, and labels.npy their labels.
+    ImageNet-C: NAME/SEVERITY/WNID/*.JPEG; the classes are the sorted WNIDs. Raises UserError naming a wrong file.
+    """
+    _, channels, height, width = data.x_test.shape
+    for path in sorted(set(folder.glob("*.npy")) - {folder / "labels.npy"}):
+        try:
+            x, y = (np.load(file, mmap_mode="r") for file in (path, folder / "labels.npy"))
+        except Exception as error:  # numpy raises nearly anything on a damaged file
+            raise common.UserError(f"{path}, or labels.npy beside it: not a readable .npy ({error})") from None
+        if x.dtype != np.uint8 or x.shape[1:] != (height, width, channels) or not len(x) or len(x) % 5:
+            raise common.UserError(f"{path}: {x.dtype} {x.shape}; needed: uint8 (5 N, {height}, {width}, {channels})")
+        if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < data.num_classes:
+            needed = f"{len(x)} integers below {data.num_classes}"
+            raise common.UserError(f"{folder / 'labels.npy'}: {y.dtype} {y.shape}; needed: {needed}")
+        for i, (images, labels) in enumerate(zip(np.split(x, 5), np.split(y, 5), strict=True)):
+            yield path.stem, i + 1, torch.tensor(images).permute(0, 3, 1, 2), torch.tensor(labels.astype(np.int64))
+    for path in sorted(folder.glob("*/[1-5]")):
+        listing = common.torchvision.datasets.ImageFolder(path)
+        if len(listing.classes) != data.num_classes:
+            raise common.UserError(f"{path}: {len(listing.classes)} classes, but the model has {data.num_classes}")
+        files, labels = zip(*listing.samples, strict=True)
+        yield path.parent.name, int(path.name), common.ImageFiles(files, height, [], []), torch.tensor(labels)
+
+
+def corruption_accuracy(net: nn.Module, args: Namespace) -> dict:
+    """`accuracy` {corruption: [% at severity 1 to 5]} and `mCA`, their mean (HE, Table 5), without NOT_IN_MCA. Its 95 %
+    interval, `low` to `high`, comes from the spread over the n images of the share of corrupted copies that are
+    classified correctly: copies of one image are not independent."""
+    correct, total = {}, None
+    for name, severity, x, y in corruption_sets(args.corruptions, args.data):
+        total = total or len(y)
+        if len(y) != total:
+            raise common.UserError(f"{name}, severity {severity}: {len(y)} images, but the first set has {total}")
+        order = np.random.default_rng(common.SPLIT_SEED).permutation(total)  # files may be sorted by class
+        batches = torch.from_numpy(np.sort(order[: args.num_images])).split(args.batch_size)
+        predicted = [eval_all.predict(net, common.images_at(x, rows, args.device)).cpu() for rows in batches]
+        correct.setdefault(name, []).append((torch.cat(predicted) == y[torch.cat(batches)]).double())
+    counted = [copy for name, copies in correct.items() if name not in NOT_IN_MCA for copy in copies]
+    if not counted or any(len(copies) != 5 for copies in correct.values()):
+        needed = "NAME.npy (CIFAR-10-C) or NAME/1 to NAME/5 (ImageNet-C), and not only the extra corruptions"
+        raise common.UserError(f"--corruptions {args.corruptions}: needed: {needed}")
+    share = torch.stack(counted).mean(0)
+    mca, half_width = 100 * float(share.mean()), 196 * float(share.std(correction=0)) / math.sqrt(len(share))
+    accuracy = {name: [100 * float(copy.mean()) for copy in copies] for name, copies in correct.items()}
+    return {"n": len(share), "accuracy": accuracy, "mCA": mca, "low": mca - half_width, "high": mca + half_width}
+
+
+def print_corruptions(results: dict[str, dict], args: Namespace) -> None:
+    rows, first = {}, next(iter(results.values()))
+    for name in first["accuracy"]:
+        rows[name + " *" * (name in NOT_IN_MCA)] = [
+            "".join(f"{value:7.2f}" for value in own["accuracy"][name]) for own in results.values()
+        ]
+    rows["mCA"] = ["{mCA:.2f} ({low:.2f} - {high:.2f})".format(**own) for own in results.values()]
+    print_table(f"{args.corruptions}: accuracy (%) at severity 1 to 5, n = {first['n']:,}", [*results], rows)
+    print("mCA: mean over corruptions and severities, with its 95 % interval; * left out of it")
+
+
+def geodesic_pgd(net, x, y, *, thresholds: Tensor, eps: float, step_size: float, steps: int) -> Tensor:
+    """An adaptive attack on geodesic inference, ours after Carlini & Wagner 2017b: Linf PGD that evades rejection.
+    It ascends the margin while an image is classified correctly, then the cosine to the wrong class while that angle is
+    above its threshold (K,), in radians. An image that is misclassified and accepted is moved no further."""
+    x_adv = common.random_start(x, eps, "linf")
+    with common.frozen_eval(net):
+        for _ in range(steps):
+            x_now = x_adv.clone().requires_grad_()
+            logits, z = net(x_now, with_features=True)
+            wrong = logits.scatter(1, y[:, None], -math.inf).argmax(1)
+            cos = models.cosine(z, net.fc.weight).gather(1, wrong[:, None]).squeeze(1)
+            fooled = common.fooled(logits, y)
+            (grad,) = torch.autograd.grad(torch.where(fooled, cos, eval_all.cw_margin(logits, y)).sum(), x_now)
+            done = fooled & (models.arccos(cos) < thresholds[wrong] - 1e-4)
+            moved = common.project(x_adv + step_size * grad.sign(), x, eps, "linf")
+            x_adv = torch.where(done[:, None, None, None], x_adv, moved)
+    return x_adv
+
+
+def geodesic(model: eval_all.Model, x: Tensor, y: Tensor, args: Namespace) -> dict:
+    """D-SphereNet, Sec. 4.3: an input predicted k is rejected if its angle to W_k is above mu_k + sd_k of training.
+    Returns {attack: the rates of GEODESIC, None where there is no such image} for PGD-40 and geodesic_pgd."""
+    net, (mean, std) = model.net, (torch.tensor(model.meta["geodesic"][key]) for key in ("mean", "std"))
+    thresholds = (mean + std).to(args.device)
+
+    @torch.no_grad()
+    def infer(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = batched(net.features, images, args)
+        logits = net.fc(z)
+        predicted = logits.argmax(1)
+        angle = models.arccos(models.cosine(z, net.fc.weight)).gather(1, predicted[:, None]).squeeze(1)
+        return (predicted == y) & logits.isfinite().all(1), angle, angle > thresholds[predicted]
+
+    def rate(flags: Tensor) -> dict | None:
+        row = eval_all.accuracy(flags) if len(flags) else None
+        return row and {"count": row["correct"], "percent": row["accuracy"]} | {k: row[k] for k in ("n", "low", "high")}
+
+    attacks = {"pgd-40": partial(common.pgd, loss=eval_all.cross_entropy)}
+    attacks["geodesic-pgd-40"] = partial(geodesic_pgd, thresholds=thresholds)
+    result, (correct, angle, rejected) = {}, infer(x)
+    for name, attack in attacks.items():
+        attack = partial(attack, eps=args.eps, step_size=2.5 * args.eps / 40, steps=40)
+        correct_adv, angle_adv, rejected_adv = infer(attacked(attack, net, x, y, args))
+        fooled = correct & ~correct_adv
+        flags = [correct, correct[~rejected], correct_adv[~rejected_adv], rejected, rejected_adv[fooled]]
+        rates = [rate(own) for own in (*flags, ~correct_adv & ~rejected_adv)]
+        scores = torch.cat([angle_adv[fooled], angle]).cpu()
+        auroc = roc_auc_score(np.arange(len(scores)) < int(fooled.sum()), scores) if fooled.any() else None
+        result[name] = dict(zip(GEODESIC, (*rates, auroc), strict=True))
+    return result
+
+
+def print_geodesic(results: dict[str, dict], args: Namespace) -> None:
+    def cell(value: dict | float | None) -> str:
+        if isinstance(value, dict):
+            return "{percent:.2f} % ({low:.2f} - {high:.2f}), n = {n}".format(**value)
+        return "no such image" if value is None else f"{value:.3f}"
+
+    for attack in ("pgd-40", "geodesic-pgd-40"):
+        rows = {key: [cell(own[attack][key]) for own in results.values()] for key in GEODESIC}
+        print_table(f"geodesic inference under {attack}: {args.ball}; 95 % intervals", [*results], rows)
+    print("\n" + "\n".join(f"{key}: {meaning}" for key, meaning in GEODESIC.items()))
+
+
+def analyze(model: eval_all.Model, x: Tensor, y: Tensor, args: Namespace) -> dict[str, dict]:
+    """{analysis: result} of those that were asked for."""
+    net, budget = model.net, {"eps": args.eps, "norm": args.norm, "step_size": 2.5 * args.eps / 20, "steps": 20}
+    pgd_20 = partial(common.pgd, loss=eval_all.training_loss(net), **budget)
+
+    def craft(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.linspace(0, len(y) - 1, min(count, len(y))).round().long()  # a test set may be sorted by class
+        return x[rows], attacked(pgd_20, net, x[rows], y[rows], args), y[rows]
+
+    analyses = {
+        "corruptions": lambda: corruption_accuracy(net, args),
+        "angles": lambda: angles(net, x, y, args),
+        "features": lambda: feature_map(model, *craft(2000), args),
+        "examples": lambda: examples(model, *craft(2000), args),
+        "gradients": lambda: gradient_norm_ratio(net, *craft(100)),
+        "geodesic": lambda: geodesic(model, x, y, args),
+        "curves": lambda: robustness_curves(net, x, y, args),
+    }
+    return {name: run() for name, run in analyses.items() if getattr(args, name)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = eval_all.shared_parser(__doc__)
+    for name, text in ANALYSES.items():
+        kind = {"metavar": "DIR", "type": Path} if name == "corruptions" else {"action": "store_true"}
+        parser.add_argument(f"--{name}", help=text, **kind)
+    args = parser.parse_args(argv, Namespace(source=[]))
+    if not any(getattr(args, name) for name in ANALYSES):
+        parser.error(f"give at least one of --{', --'.join(ANALYSES)}")
+    if args.geodesic and args.norm != "linf":
+        parser.error("--geodesic: its adaptive attack is for the Linf ball only")
+    eval_all.disable_tf32()
+    found, _, args.data, rows = eval_all.load_models_and_data(args)
+    for model in found:
+        for name, need in (("features", "features"), ("angles", "features"), ("angles", "fc")):
+            if getattr(args, name) and not hasattr(model.net, need):
+                raise common.UserError(f"--{name} needs a model with {need}, and {model.name} has none")
+        if args.geodesic and "geodesic" not in model.meta:
+            raise common.UserError(f"--geodesic needs a checkpoint of train_dsphere.py, which {model.name} is not")
+    x, y = common.images_at(args.data.x_test, rows, args.device), args.data.y_test[rows].to(args.device)
+    args.eps = eval_all.Settings(args.eps, args.norm, args.data.known).eps
+    args.ball = f"{args.data.name}, {args.norm.capitalize()} eps {args.eps:.4g}"
+    args.out, args.files = eval_all.output_folder(args, found, "analysis"), []
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = {model.name: analyze(model, x, y, args) for model in found}
+    shows = {"angles": print_angles, "corruptions": print_corruptions, "geodesic": print_geodesic}
+    for name, show in (shows | {"curves": plot_curves, "gradients": plot_gradients}).items():
+        if getattr(args, name):
+            show({model: own[name] for model, own in results.items()}, args)
+    about = {"data": args.data.name, "norm": args.norm, "eps": args.eps, "n": len(y), "models": results}
+    about |= {"hardware": common.hardware(args.device), "command": " ".join(["python", *sys.argv])}
+    common.write_file(json.dumps(about, indent=2).encode(), args.out / "analysis.json")
+    print("\nwritten:", *args.files, args.out / "analysis.json", sep="\n  ")
+
+
+if __name__ == "__main__":
+    common.cli(main)
