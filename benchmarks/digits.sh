@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The grid and the curve of RESULTS.md on scikit-learn's digits: scale and margin of TRADES+HE (HE, Table 9), steps of
-# the attack in training (HE, Fig. 2). About a minute a row.
+# the attack in training (HE, Fig. 2). About a minute per row.
 #
 #     benchmarks/digits.sh
-#     benchmarks/digits.sh --redo pgd-he-steps3
+#     benchmarks/digits.sh --redo pgd-he-steps3     # reproduce this row
 dataset=digits
 source "$(dirname "$0")/rows.sh"
 
@@ -21,7 +21,7 @@ rows=$(
 )
 
 evaluations() { # row, kind
-    evaluate "$1" "$1" --attacks fgsm,pgd-20,adaptive-pgd-20,apgd-t
+    evaluate "$1" . --attacks fgsm,pgd-20,adaptive-pgd-20,apgd-t
 }
 
 do_rows "$@"

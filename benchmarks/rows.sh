@@ -1,11 +1,10 @@
-# What mnist.sh, cifar10.sh and digits.sh share. They set `dataset`, `rows` (a line each: NAME KIND SCRIPT FLAGS) and a
-# function `evaluations ROW KIND`. Each row is trained, evaluated, and its eval.json and verdicts.npz kept in
-# benchmarks/results/DATASET/NAME-sSEED, or in DATASET-float32 where an attack was repeated in float32. What is done is
-# skipped, what was interrupted goes on. With --redo the rows named are made anew, of each seed that has results, or of
-# seed 0: their networks and results are deleted first.
+# What mnist.sh, cifar10.sh and digits.sh share. They set `dataset`, `rows` (one per line: NAME KIND SCRIPT FLAGS) and a
+# function `evaluations ROW KIND`. Each row is trained and evaluated; eval.json and verdicts.npz, or analysis.json, are
+# kept in benchmarks/results/DATASET/NAME-sSEED. Finished work is skipped, interrupted work continues. --redo first
+# deletes the networks and results of the rows it names: of each seed that has results, or of seed 0.
 #
-# Every process takes the next row that no other one is at: on a CPU start one a core. From the environment:
-#     SEEDS="0 1", of --redo too  RUNS=runs/DATASET, for checkpoints  DATA=data, for the dataset's file  PYTHON=python
+# Several processes may run at once, on a CPU one per core: each takes the next row that no other works on. Environment:
+#     SEEDS="0 1"  RUNS=runs/DATASET, for checkpoints  DATA=data, for the dataset's file  PYTHON=python
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # processes that share the cores would wait for each other's threads
@@ -13,14 +12,23 @@ python=${PYTHON:-python} runs=${RUNS:-runs/$dataset} data=${DATA:-data} seeds=${
 results=benchmarks/results/$dataset
 command -v flock >/dev/null || { echo "flock is needed (util-linux)" >&2; exit 2; }
 
-evaluate() { # row, where to in the results, flags of eval_all.py
-    local out=$runs/evaluations/$2
-    [ -e "$results/$2/eval.json" ] && return
-    mkdir -p "$out" "$results/$2"
-    "$python" eval_all.py "$runs/$1" --data-dir "$data" --out "$out" "${@:3}" >"$out/log"
-    cp "$out/verdicts.npz" "$results/$2"
-    cp "$out/eval.json" "$results/$2/partial"
-    mv "$results/$2/partial" "$results/$2/eval.json" # last, and at once: it says that all is there
+evaluate() { # row, name of the evaluation, flags of eval_all.py
+    measure eval_all.py "$@"
+}
+
+analyze() { # row, name of the analysis, flags of analyze.py
+    measure analyze.py "$@"
+}
+
+measure() { # script, row, name, flags
+    local out=$runs/evaluations/$2/$3 to=$results/$2/$3 file=eval.json
+    [ "$1" = eval_all.py ] || file=analysis.json
+    [ -e "$to/$file" ] && return
+    mkdir -p "$out" "$to"
+    "$python" "$1" "$runs/$2" --data-dir "$data" --out "$out" "${@:4}" >"$out/log"
+    [ "$1" != eval_all.py ] || cp "$out/verdicts.npz" "$to"
+    cp "$out/$file" "$to/partial"
+    mv "$to/partial" "$to/$file" # last, because this file marks the evaluation as complete
 }
 
 train() { # row, script and flags
@@ -32,14 +40,14 @@ train() { # row, script and flags
 }
 
 do_row() { # row, kind, script and flags
-    flock -n 9 || return 0 # another process is at it
+    flock -n 9 || return 0 # another process works on it
     echo "$1"
-    [ -d "$results/$1" ] && [ ! -d "$runs/$1" ] && return # of another machine
+    [ -d "$results/$1" ] && [ ! -d "$runs/$1" ] && return # its results come from another machine
     train "$1" "${@:3}"
     evaluations "$1" "$2"
 }
 
-redo() { # names of rows: away with what there is of them, and again
+redo() { # names of rows
     local row seed failed=0
     local -A made=() # the seeds of each row
     [ $# -gt 0 ] || { echo "--redo needs the names of rows" >&2; exit 2; }
@@ -49,14 +57,14 @@ redo() { # names of rows: away with what there is of them, and again
         made[$row]=${SEEDS:-$(compgen -G "$results/$row-s[0-9]*" | sed 's/.*-s//' | sort -n || true)}
         made[$row]=${made[$row]:-0}
         for seed in ${made[$row]}; do # before anything is deleted
-            flock -n "$runs/$row-s$seed.lock" true || { echo "another process is at $row-s$seed" >&2; exit 2; }
+            flock -n "$runs/$row-s$seed.lock" true || { echo "another process works on $row-s$seed" >&2; exit 2; }
         done
     done
     for row in "$@"; do
         for seed in ${made[$row]}; do
-            rm -rf {"$results","$results-float32","$runs/evaluations","$runs"}/"$row-s$seed"
+            rm -rf {"$results","$runs/evaluations","$runs"}/"$row-s$seed"
         done
-        set +e # not `||`, under which no failure within would count
+        set +e # not `||`, which would switch `set -e` off inside
         (set -e; seeds=${made[$row]}; do_rows "$row")
         [ $? = 0 ] || failed=1
         set -e
@@ -72,7 +80,7 @@ check_names() { # of rows
     done
 }
 
-do_rows() { # --redo, names of rows; none means all
+do_rows() { # --redo, names of rows; without names all rows
     local failed=0
     [ "${1:-}" != --redo ] || { redo "${@:2}"; return; }
     check_names "$@"
@@ -81,7 +89,7 @@ do_rows() { # --redo, names of rows; none means all
         while read -r -u 8 name kind command; do
             [ -n "$name" ] && { [ $# = 0 ] || [[ " $* " == *" $name "* ]]; } || continue
             read -ra words <<<"$command"
-            set +e # a row that fails must not keep the next ones from being made
+            set +e # the rows after one that fails are still done
             (set -e; do_row "$name-s$seed" "$kind" "${words[@]}" --seed "$seed") 9>"$runs/$name-s$seed.lock"
             [ $? = 0 ] || failed=1
             set -e

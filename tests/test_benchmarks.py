@@ -1,106 +1,90 @@
-"""benchmarks/*.sh with a python that trains nothing: what is made, skipped, and made anew."""
+"""benchmarks/*.sh with a stub for python: their commands are valid; what is done, skipped and deleted."""
 
+import argparse
 import fcntl
+import importlib
 import shutil
 import subprocess
 from pathlib import Path
 
+import common
+import eval_all
+
 import pytest
 
 STUB = """#!/usr/bin/env bash
-echo "$@" >>calls
-[[ "$*" != *"$FAILING"* ]] || exit 1
+echo "$@" >>calls && [[ "$*" != *"$FAILING"* ]] || exit 1
 while [ "$1" != --out ]; do shift; done
-mkdir -p "$2"
-for file in eval.json verdicts.npz features.png curves.png; do echo new >"$2/$file"; done
+mkdir -p "$2" figures
+for file in eval.json verdicts.npz analysis.json features.png curves.png; do echo new >"$2/$file"; done
 """
+ROWS = ["pgd-he-steps1-s0", "pgd-he-steps1-s2", "pgd-he-steps2-s0"]
+OLD = dict.fromkeys(ROWS, "old")
 
 
 @pytest.fixture
 def benchmarks(tmp_path):
-    """run(*arguments, SEEDS=...) -> the finished digits.sh in a folder with results of two rows, seeds 0 and 2."""
+    """run(*arguments, script="digits", SEEDS=...) -> (exit code, stderr, results of digits), where OLD exist."""
     shutil.copytree(Path(__file__).parent.parent / "benchmarks", tmp_path / "benchmarks", ignore=lambda *_: ["results"])
-    (tmp_path / "figures").mkdir()
     (tmp_path / "stub").write_text(STUB)
     (tmp_path / "stub").chmod(0o755)
-    for row in ("pgd-he-steps1-s0", "pgd-he-steps1-s2", "pgd-he-steps2-s0"):
-        folder = tmp_path / "benchmarks/results/digits" / row
+    for folder in (tmp_path / "benchmarks/results/digits" / row for row in ROWS):
         folder.mkdir(parents=True)
         (folder / "eval.json").write_text("old")
 
     def run(*arguments, script="digits", **environment):
         environment = {"PATH": "/usr/bin:/bin", "PYTHON": "./stub", "FAILING": "nothing", **environment}
         command = ["bash", f"benchmarks/{script}.sh", *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        files = tmp_path.glob("benchmarks/results/digits/*/eval.json")
+        return finished.returncode, finished.stderr, {path.parent.name: path.read_text().strip() for path in files}
 
-    run.folder = tmp_path
     return run
 
 
-def results(benchmarks):
-    found = (benchmarks.folder / "benchmarks/results/digits").glob("*/eval.json")
-    return {path.parent.name: path.read_text().strip() for path in found}
+@pytest.mark.parametrize("script", ["mnist", "cifar10", "digits"])
+def test_the_scripts_accept_the_flags_of_all_rows(benchmarks, tmp_path, monkeypatch, script):
+    Parsed = type("Parsed", (Exception,), {})
+
+    def parse(parser, argv):
+        raise Parsed(argparse.ArgumentParser.parse_args(parser, argv))
+
+    monkeypatch.setattr(common.Parser, "parse_args", parse)
+    assert benchmarks(script=script, SEEDS="0")[0] == 0
+    for name, *argv in map(str.split, (tmp_path / "calls").read_text().splitlines()):
+        with pytest.raises(Parsed) as parsed:
+            importlib.import_module(name.removesuffix(".py")).main(argv)
+        if name == "eval_all.py":
+            assert all(eval_all.find_attack(attack) for attack in parsed.value.args[0].attacks.split(","))
 
 
-def test_redo_makes_the_seeds_anew_that_a_row_has(benchmarks):
-    assert benchmarks("--redo", "pgd-he-steps1").returncode == 0
-    assert results(benchmarks) == {"pgd-he-steps1-s0": "new", "pgd-he-steps1-s2": "new", "pgd-he-steps2-s0": "old"}
-    assert benchmarks("--redo", "pgd-he-steps2", "pgd-he-steps3", SEEDS="1").returncode == 0
-    assert results(benchmarks)["pgd-he-steps2-s1"] == results(benchmarks)["pgd-he-steps3-s1"] == "new"
-    assert results(benchmarks)["pgd-he-steps2-s0"] == "old"
-    assert benchmarks("--redo", "pgd-he-steps4").returncode == 0 and "pgd-he-steps4-s0" in results(benchmarks)
+def test_finished_rows_are_skipped(benchmarks, tmp_path):
+    assert benchmarks("pgd-he-steps3", SEEDS="0")[0] == 0
+    (tmp_path / "calls").unlink()
+    assert benchmarks("pgd-he-steps3", "pgd-he-steps1", SEEDS="0")[0] == 0  # steps1 is from another machine
+    assert not (tmp_path / "calls").exists()
 
 
-def test_what_is_done_is_not_done_again(benchmarks):
-    assert benchmarks("pgd-he-steps3", SEEDS="0").returncode == 0
-    calls = (benchmarks.folder / "calls").read_text()
-    assert "train_pgd_he.py --head he --steps 3" in calls and "eval_all.py runs/digits/pgd-he-steps3-s0" in calls
-    assert benchmarks("pgd-he-steps3", "pgd-he-steps1", SEEDS="0").returncode == 0  # steps1 is of another machine
-    assert (benchmarks.folder / "calls").read_text() == calls and results(benchmarks)["pgd-he-steps1-s0"] == "old"
+def test_redo_repeats_the_seeds_that_a_row_has_and_a_row_that_fails_stops_no_other(benchmarks):
+    assert benchmarks("--redo", "pgd-he-steps1") == (0, "", OLD | dict.fromkeys(ROWS[:2], "new"))
+    assert benchmarks("--redo", "pgd-he-steps1", "pgd-he-steps2", FAILING="--steps 1 ") == (1, "", {ROWS[2]: "new"})
 
 
-@pytest.mark.parametrize("arguments, complaint", [
-    (["--redo"], "needs the names"), (["--redo", "pgd-he-steps1", "nothing"], "no row nothing"), (["x"], "no row x"),
-])  # fmt: skip
-def test_names_that_are_no_rows_delete_nothing(benchmarks, arguments, complaint):
-    before = results(benchmarks)
-    finished = benchmarks(*arguments)
-    assert finished.returncode == 2 and complaint in finished.stderr and results(benchmarks) == before
-
-
-def test_redo_of_a_row_that_another_process_is_at_deletes_nothing(benchmarks):
-    before = results(benchmarks)
-    lock = benchmarks.folder / "runs/digits/pgd-he-steps1-s2.lock"
-    lock.parent.mkdir(parents=True)
-    with lock.open("w") as file:
+@pytest.mark.parametrize("names", ["", "pgd-he-steps2 x", "pgd-he-steps2 pgd-he-steps1"])  # the last one is in work
+def test_a_redo_that_is_refused_deletes_nothing(benchmarks, tmp_path, names):
+    (tmp_path / "runs/digits").mkdir(parents=True)
+    with (tmp_path / "runs/digits/pgd-he-steps1-s2.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        finished = benchmarks("--redo", "pgd-he-steps2", "pgd-he-steps1")
-    assert finished.returncode == 2 and "another process is at pgd-he-steps1-s2" in finished.stderr
-    assert results(benchmarks) == before
+        code, message, results = benchmarks("--redo", *names.split())
+    assert code == 2 and message.count("\n") == 1 and results == OLD
 
 
-def test_a_row_that_fails_keeps_no_other_from_being_made(benchmarks):
-    finished = benchmarks("--redo", "pgd-he-steps1", "pgd-he-steps2", FAILING="--steps 1 ")
-    assert finished.returncode == 1 and results(benchmarks) == {"pgd-he-steps2-s0": "new"}
-
-
-def test_transfers_are_made_once_and_again_when_one_of_their_networks_was(benchmarks):
-    rows = ["pgd", "trades-he", "weightpen", "dsphere"]
-    made = benchmarks.folder / "benchmarks/results/mnist-transfer"
-    assert benchmarks(*rows[:3], script="mnist", SEEDS="0").returncode == 0 and not made.exists()
-    assert benchmarks(*rows, script="mnist", SEEDS="0").returncode == 0
-    files = [made / f"{row}-s0/transfer/eval.json" for row in rows]
-    for file in files:
-        file.write_text("old")
-    assert benchmarks(*rows, script="mnist", SEEDS="0").returncode == 0
-    assert {file.read_text() for file in files} == {"old"}
-    assert benchmarks("--redo", "dsphere", "pgd-mhe", script="mnist").returncode == 0
-    assert {file.read_text() for file in files} == {"new\n"}
-
-
-def test_redo_makes_what_was_attacked_in_float32_anew_too(benchmarks):
-    assert benchmarks("pgd-he", script="mnist", SEEDS="0").returncode == 0
-    (folder,) = (benchmarks.folder / "benchmarks/results/mnist-float32").iterdir()
-    (folder / "float32/eval.json").write_text("old")
-    assert folder.name == "pgd-he-s0" and benchmarks("--redo", "pgd-he", script="mnist").returncode == 0
-    assert (folder / "float32/eval.json").read_text() == "new\n"
+def test_transfers_are_repeated_when_a_network_was_trained_again(benchmarks, tmp_path):
+    rows, redo = ["pgd", "trades-he", "weightpen", "dsphere"], ["--redo", "dsphere"]
+    made = [tmp_path / f"benchmarks/results/mnist-transfer/{row}-s0/transfer/eval.json" for row in rows]
+    assert benchmarks(*rows[:3], script="mnist", SEEDS="0")[0] == 0 and not any(file.exists() for file in made)
+    for command, expected in ((rows, "new\n"), (rows, "old"), (redo, "new\n")):
+        assert benchmarks(*command, script="mnist", SEEDS="0")[0] == 0
+        assert [file.read_text() for file in made] == [expected] * 4
+        for file in made:
+            file.write_text("old")
