@@ -148,7 +148,7 @@ def gradient_norm_ratio(net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> 
         raise common.UserError("--gradients: on no clean image has the loss a finite gradient other than 0")
     intervals = [quantile_test(column, p=0.5).confidence_interval(0.95) for column in ratio.T.cpu().numpy()]
     low, high = ([None if math.isnan(end) else float(end) for end in ends] for ends in zip(*intervals, strict=True))
-    centers = {"mean": ratio.mean(0).tolist(), "median": ratio.median(0).values.tolist()}
+    centers = {"mean": ratio.mean(0).tolist(), "median": ratio.quantile(0.5, 0).tolist()}
     return {"layers": layers, **centers, "low": low, "high": high, "n": len(ratio), "left_out": len(y) - len(ratio)}
 
 
@@ -200,10 +200,10 @@ def feature_map(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     right.scatter(*clean.T, s=6, color="0.85", linewidths=0)
-    for i, k in enumerate(np.unique(label)[:10]):
-        left.scatter(*clean[label == k].T, s=10, color=f"C{i}", linewidths=0, label=k)
-        right.scatter(*moved[(label == k) & correct].T, s=10, color=f"C{i}", linewidths=0)
-        right.scatter(*moved[(label == k) & ~correct].T, s=14, color=f"C{i}", marker="x", linewidths=0.8)
+    for k, color in zip(np.unique(label), "C0 C1 C2 C3 C4 C5 C6 black C8 C9".split(), strict=False):  # C7 is gray
+        left.scatter(*clean[label == k].T, s=10, color=color, linewidths=0, label=k)
+        right.scatter(*moved[(label == k) & correct].T, s=10, color=color, linewidths=0)
+        right.scatter(*moved[(label == k) & ~correct].T, s=14, color=color, marker="x", linewidths=0.8)
     ticks = {} if method == "z" else {"xticks": [], "yticks": []}  # the coordinates of t-SNE mean nothing
     left.set(xlabel=f"{method}, clean", **ticks)
     right.set_xlabel(f"{method}, attacked (x: misclassified, gray: clean)")

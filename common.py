@@ -5,7 +5,7 @@ Images are float in [0, 1], (B, C, H, W), everywhere outside the model, so eps i
 
 import os
 
-# Or idle OpenMP threads spin for long and slow down other processes. It counts only if set before torch is imported.
+# Idle OpenMP threads must not spin for long beside other processes. This counts only before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -163,7 +163,8 @@ class Data:
 
 def known_dataset(name: str) -> str | None:
     """The known dataset that a name or a file's stem begins with: cifar10 for cifar10_jpeg.npz."""
-    return max((known for known in KNOWN if Path(name).name.startswith(known)), key=len, default=None)
+    stem = Path(name).stem
+    return next((known for known in KNOWN if stem.startswith(known) and not stem[len(known) :][:1].isalnum()), None)
 
 
 def read_npz(path: Path) -> list[np.ndarray]:
@@ -245,8 +246,7 @@ def load_data(dataset: str, data_dir: str = "data", limit: int | None = None) ->
         images = (torch.from_numpy(x).reshape(*x.shape[:3], -1) for x in (x_train, x_test))
         x_train, x_test = (x.movedim(3, 1).contiguous() for x in images)
     y_train, y_test = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
-    split = order[held_out:], order[:held_out]
-    return Data(name, known, x_train, y_train, x_test, y_test, *split, num_classes, source)
+    return Data(name, known, x_train, y_train, x_test, y_test, order[held_out:], order[:held_out], num_classes, source)
 
 
 def to_float(x: Tensor) -> Tensor:
@@ -382,10 +382,10 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     add("--step-size", "of the attack, in pixel units", type=number(float, 0, 1))
     add("--steps", "of the attack; one-step methods use it on the held-out images only", type=number(int, 1))
     add("--eps-warmup", "epochs over which eps and step size rise from 0", type=number(float, 0))
-    flag("--seed", type=number(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
+    flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all random numbers (default: 0)")
     flag("--out", help="where the run is written (default: runs/METHOD-DATASET-sSEED)")
     flag("--resume", action="store_true", help="continue from OUT/last.pt, if there is one")
-    flag("--limit", type=number(int, 1), metavar="N", help="keep N training images, the held-out ones among them")
+    flag("--limit", type=number(int, 1), metavar="N", help="use N training images, including the held-out ones")
     flag("--workers", type=number(int, 0, 256), help="processes that read images from folders (default: one per core)")
     flag("--device", type=device_flag, default=default_device(), help="cpu, cuda or cuda:N (default: %(default)s)")
     flag("--amp", action=on_off, help="bfloat16 backbone (default: on devices that have it natively)")
@@ -416,7 +416,7 @@ def finish_args(args: argparse.Namespace, method: str) -> argparse.Namespace:
     args.compile = args.device.startswith("cuda") if args.compile is None else args.compile
     _, ranks = rank_and_count()
     if args.batch_size % ranks or args.batch_size == ranks:
-        raise UserError(f"--batch-size {args.batch_size}: needed is a multiple of the {ranks} ranks, 2 images for each")
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {ranks} ranks, at least 2 images each")
     return args
 
 
@@ -473,7 +473,7 @@ def random_start(x: Tensor, eps: float, norm: str) -> Tensor:
 
 
 def fooled(logits: Tensor, y: Tensor) -> Tensor:
-    """Misclassified by more than float32 rounding, (B,) bool: another batch size will find the same. NaN: False."""
+    """Misclassified by more than float32 rounding, (B,) bool, so that the batch size does not matter. NaN: False."""
     top, true = logits.float().amax(1), logits.float().gather(1, y[:, None]).squeeze(1)
     return top - true > 1e-5 * (top.abs() + true.abs())
 
@@ -656,8 +656,8 @@ class Run:
         if not self.args.resume:
             raise UserError(f"{self.out} already holds a run: continue it with --resume, or choose another --out")
         content = read_file(last)
-        if content.get("format") != FORMATS[-1]:
-            raise UserError(f"{last}: not written by this version; it can be evaluated, but not resumed")
+        if content.get("format") != FORMATS[-1] or (content["begun"] and self.ranks > 1):
+            raise UserError(f"{last}: of another version, or of one process in mid-epoch; it can only be evaluated")
         for key, old in content["args"].items():
             new = getattr(self.args, key, None)
             if (key == "epochs" and new < old) or (key not in RESUME_MAY_CHANGE and new != old):
@@ -755,12 +755,12 @@ class Run:
 
     def finish_epoch(self) -> None:
         """Held-out accuracy, a line, log.csv, best.pt and last.pt. Raises UserError if the loss was not finite."""
-        all_mean([self.totals, *(b for b in self.model.buffers() if b.is_floating_point())])  # of batch norm
+        all_mean([self.totals, *(b for name, b in self.model.named_buffers() if "running" in name)])  # of batch norm
         self._check_finite()
         loss, correct, count = (self.totals * self.ranks).tolist()
         seconds = time.perf_counter() - self.started
         clean, robust = self._held_out()
-        if clean <= 100 * self.data.y_train[self.data.val].bincount().max() / len(self.data.val):
+        if not self.rank and clean <= 100 * self.data.y_train[self.data.val].bincount().max() / len(self.data.val):
             print("warning: the held-out accuracy is that of one class for all: try a smaller --lr", file=sys.stderr)
         row = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], "loss": loss / count}
         row |= {"train_accuracy": 100 * correct / count, "val_clean": clean, "val_robust": robust}
@@ -775,7 +775,7 @@ class Run:
         print(" ".join(f"{key} {value:.4g}" for key, value in row.items()) + " *" * best, flush=True)
 
     def _held_out(self) -> tuple[float, float]:
-        """Clean and PGD accuracy in %, in float32 (TF32 on CUDA), on the held-out images, by the training attack."""
+        """Clean and PGD accuracy in %, in float32 (TF32 on CUDA), on the held-out images, with the training eps."""
         args, data, correct = self.args, self.data, torch.zeros(2, device=self.args.device)
         step_size = min(args.step_size, 2.5 * args.eps / args.steps)  # one-step methods train with a longer one
         rows = data.val[self.rank :: self.ranks].split(args.batch_size // self.ranks)

@@ -16,7 +16,7 @@ import json
 from collections import ChainMap
 from collections.abc import Callable
 from functools import partial
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -259,7 +259,7 @@ def plot(at: list, series: dict[str, list[Estimate]], xlabel: str, ylabel: str =
     labels = isinstance(at[0], str)
     figure = Figure(figsize=(7, 1.1 + 0.36 * len(at)) if labels else (6, 3.6), layout="constrained")
     axis = figure.subplots()
-    for i, ((name, estimates), marker) in enumerate(zip(series.items(), "osD^v", strict=False)):
+    for i, ((name, estimates), marker) in enumerate(zip(series.items(), cycle("osD^v"), strict=False)):
         value, low, high = np.array(estimates)[:, :3].T
         error = [value - low, high - value]
         style = {"label": name, "marker": marker, "markersize": 4, "linewidth": 1, "capsize": 2}
