@@ -178,7 +178,7 @@ def read_npz(path: Path) -> list[np.ndarray]:
         square = x.ndim in (3, 4) and x.shape[1] == x.shape[2] and x.shape[3:] in ((), (1,), (3,))
         if x.dtype != np.uint8 or not square or not x.size or x.shape[1:] != arrays[0].shape[1:]:
             raise UserError(f"{path}: images {x.dtype} {x.shape}; needed: square uint8 (N, H, W) or (N, H, W, 1 or 3)")
-        if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+        if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or not 0 <= y.min() <= y.max() < 10**5:
             raise UserError(f"{path}: labels {y.dtype} {y.shape}; needed: one integer from 0 per image of {x.shape}")
     return arrays
 
@@ -526,7 +526,7 @@ FORMATS = ("angular-defenses-1", "angular-defenses-2")  # both are read; runs ar
 
 def write_file(content: bytes, path: Path) -> None:
     """Write under a temporary name, then rename: a full disk or a crash leaves the older file as it was."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
@@ -769,9 +769,9 @@ class Run:
         self.history.append(row)
         lines = [",".join(self.history[0]), *(",".join(f"{v:.6g}" for v in row.values()) for row in self.history)]
         if not self.rank:  # best.pt before last.pt: a run killed in between repeats the epoch
+            write_file("\n".join([*lines, ""]).encode(), self.out / "log.csv")
             for name in ("best.pt", "last.pt") if best else ("last.pt",):
                 save(self._checkpoint(), self.out / name)
-            write_file("\n".join([*lines, ""]).encode(), self.out / "log.csv")
         print(" ".join(f"{key} {value:.4g}" for key, value in row.items()) + " *" * best, flush=True)
 
     def _held_out(self) -> tuple[float, float]:

@@ -173,7 +173,6 @@ def feature(model, x, y, *, eps, step_size, steps, images=100, **_):
 
 
 # --------------------------------------------------------------------------------------- minimal-distance attacks
-# These look for the nearest misclassified image, which may lie outside the ball. The evaluator measures how far.
 
 
 def deepfool(model, x, y, *, norm="linf", steps, overshoot=0.02, candidates=10, **_):
@@ -411,11 +410,11 @@ class Attack:
 
     def identity(self) -> str:
         """Of the settings and the code: another attack of the same name must not take over the results of this one."""
-        with suppress(OSError, TypeError):
-            return fingerprint(
-                self.steps, self.step_size, self.source, inspect.getsource(getattr(self.run, "func", self.run))
-            )
-        return fingerprint(self.steps, self.step_size, self.source)
+        function, keywords = getattr(self.run, "func", self.run), getattr(self.run, "keywords", {})
+        parts = [replace(self, run=None), {key: getattr(value, "__name__", value) for key, value in keywords.items()}]
+        with suppress(OSError, TypeError):  # typed into a console
+            parts.append(inspect.getsource(function))
+        return fingerprint(*parts)
 
 
 ATTACKS = {
@@ -521,7 +520,7 @@ def select_attacks(text: str, targets: list[Model], settings: Settings, image: T
         paper = PAPER.get(model.meta.get("method", "").split("_")[0], "he")
         presets["paper"] += " " + PRESETS.get(f"{paper}-{settings.dataset}", PRESETS[paper])
     for part in map(str.strip, text.split(",")):
-        for name in presets.get(part, part).split():
+        for name in presets.get(part, part).split() or [part]:
             attack = find_attack(name)
             lacking = [model.name for model in targets if not attack.fits(model.net, image)]
             reason = f"{name} needs a model with {attack.needs}, and {lacking[0]} has none" if lacking else None
@@ -540,11 +539,9 @@ def transfer_attacks(sources: list[Model]) -> dict[str, Attack]:
     """FGSM, MIM-20 and PGD-20 from each source."""
     attacks = {}
     for source, name in itertools.product(sources, ("fgsm", "mim-20", "pgd-20")):
-        run, weights = (
-            partial(transferred, source=source.net, attack=ATTACKS[name].run),
-            source.net.state_dict().values(),
-        )
-        attacks[f"{name} from {source.name}"] = replace(ATTACKS[name], run=run, source=fingerprint(*weights))
+        run, net = partial(transferred, source=source.net, attack=ATTACKS[name].run), source.net
+        key = fingerprint(*net.state_dict().values(), getattr(net, "options", net), code_of(net))
+        attacks[f"{name} from {source.name}"] = replace(ATTACKS[name], run=run, source=key)
     return attacks
 
 
@@ -560,14 +557,13 @@ class Observed(nn.Module):
     def __init__(self, model: nn.Module, amp: bool):
         super().__init__()
         self.model, self.amp, self.queries, self.nonfinite = model, amp, 0, torch.tensor(0)
-        for name in ("features", "fc", "scale", "margin"):  # all that attacks may ask for
-            if hasattr(model, name):
-                setattr(self, name, getattr(model, name))
+        names = ("features", "fc", "scale", "margin")  # all that attacks may ask for
+        self.__dict__ |= {name: getattr(model, name) for name in names if hasattr(model, name)}
 
     def forward(self, x: Tensor) -> Tensor:
         self.queries += len(x)
+        x = x.clone()  # a model may change its input in place
         if x.requires_grad:
-            x = x.view_as(x)  # or the hook would stay on the attack's own tensor
             x.register_hook(self.replace_nonfinite)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             return self.model(x).float()
@@ -581,7 +577,7 @@ class Observed(nn.Module):
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """The predicted classes (B,); -1, which is never correct, where a logit is not finite."""
-    logits = model(x)
+    logits = model(x.clone())
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
@@ -591,7 +587,7 @@ def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tens
     (norm, eps), start = settings.ball(attack), time.perf_counter()
     observed = Observed(model, settings.amp and attack.bfloat16).eval()
     try:
-        x_adv = attack(observed, x.clone(), y, eps=eps, norm=norm, step_size=settings.step_size_for(attack))
+        x_adv = attack(observed, x.clone(), y.clone(), eps=eps, norm=norm, step_size=settings.step_size_for(attack))
     except Exception as error:
         error.add_note(f"in attack {name}")
         raise
@@ -660,7 +656,7 @@ def fingerprint(*items: object) -> str:
 
 def code_of(model: nn.Module) -> list[str]:
     """What our modules and the user's files for the model hold: other code may give other verdicts."""
-    own = getattr(sys.modules[type(model).__module__], "__file__", None), getattr(model, "source_file", None)
+    own = getattr(sys.modules[type(model).__module__], "__file__", None), *getattr(model, "source_files", ())
     return [Path(file).read_text() for file in sorted({common.__file__, models.__file__, __file__, *filter(None, own)})]
 
 
@@ -668,7 +664,7 @@ def accuracy(correct: Tensor | np.ndarray) -> dict:
     """Count, n, and the accuracy in % with its 95 % Wilson interval, of bool (N,)."""
     k, n = int(correct.sum()), len(correct)
     low, high = binomtest(k, n).proportion_ci(0.95, "wilson")
-    return {"correct": k, "n": n, "accuracy": 100 * k / n, "low": 100 * low, "high": 100 * high}
+    return {"correct": k, "n": n, "accuracy": 100 * k / n, "low": 100 * float(low), "high": 100 * float(high)}
 
 
 def add_result(result: dict, name: str, attack: Attack, outcome: dict, attacked: int, settings: Settings) -> None:
@@ -705,12 +701,17 @@ def evaluate(model, x, y, attacks="quick", *, audit=False, folder=None, index=No
     case over all attacks in the ball, `verdicts` {name: (N,) bool} and `audit`. `folder` receives all of it, with
     `index`, the images' numbers in their test set. A second call goes on where an interrupted one stopped, and adds."""
     settings, image = Settings(**options), common.images_at(x, torch.arange(1), y.device)
+    if settings.norm == "linf" and settings.eps > 1:
+        raise common.UserError(f"eps {settings.eps:g} on images in [0, 1]: give it in pixel units, such as 8/255")
     disable_tf32()
     if isinstance(attacks, str):
         attacks = select_attacks(attacks, [Model("the model", model, {})], settings, image)
     temporary = tempfile.TemporaryDirectory()  # is deleted with this variable
     folder, weights = Path(folder or temporary.name), fingerprint(*model.state_dict().values())
-    key = fingerprint(weights, getattr(model, "options", model), code_of(model), x, y, settings)
+    torch.manual_seed(settings.seed)
+    with common.frozen_eval(model):  # predictions may differ where weights and code do not
+        seen = predict(model, common.images_at(x, torch.arange(min(100, len(y))), y.device))
+    key = fingerprint(weights, getattr(model, "options", model), code_of(model), x, y, settings, seen)
     own = folder / f"settings-{key}"  # results of other models and settings have folders of their own
     own.mkdir(parents=True, exist_ok=True)
     index = np.arange(len(y)) if index is None else np.asarray(index)
@@ -729,9 +730,6 @@ def evaluate(model, x, y, attacks="quick", *, audit=False, folder=None, index=No
         if audit and "audit" not in result:
             result["audit"] = [check._asdict() for check in run_audit(model, x, y, settings, own)]
     write_results(result, own, folder)
-    common.barrier()
-    for file in own.glob("*.pt"):
-        file.unlink(missing_ok=True)
     return result
 
 
@@ -844,11 +842,12 @@ def user_model(text: str) -> nn.Module:
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         model = getattr(module, function, lambda: None)()
+        places = [Path(str(getattr(known, "__file__", None))) for known in sys.modules.values()]
     finally:
         sys.modules.update(hidden)
     if not isinstance(model, nn.Module):
         raise common.UserError(f"{text}: {path} has no function {function} that returns an nn.Module")
-    model.source_file = file  # for the fingerprint
+    model.source_files = [str(p) for p in places if folder in p.parents and "site-packages" not in p.parts]
     return model
 
 
@@ -871,7 +870,7 @@ def load_models(texts: list[str], args: argparse.Namespace) -> list[Model]:
     """Run folders, checkpoints, bare state dicts (with --arch) and FILE.py:FUNCTION, in eval mode on the device."""
     found = []
     for text in texts:
-        if ".py:" in text:
+        if re.search(r"\.py(:|$)", text):
             name, net, meta = Path(text.replace(".py:", "-")).name, user_model(text), {"checkpoint": text}
         else:
             file = common.checkpoint_file(text)

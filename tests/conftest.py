@@ -69,17 +69,13 @@ def small_model():
     return model.eval()
 
 
-class Linear(torch.nn.Module):
-    """Logits W x on flattened images: the optimal Linf perturbation is known."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = torch.nn.Parameter(weight)
-
-    def forward(self, x):
-        return x.flatten(1) @ self.weight.T
-
-
 @pytest.fixture
 def linear_model():
-    return Linear
+    """linear_model(weight) -> logits W x on flattened images: the optimal Linf perturbation is known."""
+
+    def make(weight):
+        layer = torch.nn.Linear(*reversed(weight.shape), bias=False)
+        layer.weight.data = weight
+        return torch.nn.Sequential(torch.nn.Flatten(), layer)
+
+    return make

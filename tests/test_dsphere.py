@@ -39,28 +39,22 @@ def unfolded(x, weight, correlation, manifold, stride, padding):
 
 @pytest.mark.parametrize("correlation", models.CORRELATIONS)
 @pytest.mark.parametrize("manifold", ["sphere", "simplex"])
-@pytest.mark.parametrize("stride, padding", [(1, 0), (1, 1), (2, 0), (2, 1)])
-def test_the_convolution_is_the_unfolded_correlation_gradients_included(correlation, manifold, stride, padding):
+def test_the_layers_are_the_unfolded_correlation_gradients_included(correlation, manifold):
     torch.manual_seed(0)
-    layer = models.SphereConv2d(3, 5, 3, stride, padding, correlation=correlation, manifold=manifold).double()
-    x = (0.4 * torch.randn(2, 3, 7, 7, dtype=torch.float64)).requires_grad_()
-    expected = unfolded(x, layer.weight, correlation, manifold, stride, padding)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
-    seed = torch.randn_like(expected)
-    ours = torch.autograd.grad(layer(x), (x, layer.weight), seed)
-    theirs = torch.autograd.grad(expected, (x, layer.weight), seed)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("correlation", models.CORRELATIONS)
-def test_the_linear_layer_is_the_correlation_of_whole_vectors(correlation):
-    torch.manual_seed(0)
-    layer = models.SphereLinear(12, 4, correlation=correlation, manifold="sphere").double()
-    x = torch.randn(6, 12, dtype=torch.float64) * torch.tensor(
-        [[0.05], [0.1], [0.3], [1], [3], [9]], dtype=torch.float64
-    )
-    expected = reference(models.cosine(x, layer.weight), x.norm(dim=1, keepdim=True), correlation)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    kind = {"correlation": correlation, "manifold": manifold}
+    for stride, padding in ((1, 0), (1, 1), (2, 0), (2, 1)):
+        layer = models.SphereConv2d(3, 5, 3, stride, padding, **kind).double()
+        x = (0.4 * torch.randn(2, 3, 7, 7, dtype=torch.float64)).requires_grad_()
+        expected = unfolded(x, layer.weight, correlation, manifold, stride, padding)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        upstream = torch.randn_like(expected)
+        ours = torch.autograd.grad(layer(x), (x, layer.weight), upstream)
+        theirs = torch.autograd.grad(expected, (x, layer.weight), upstream)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    layer = models.SphereLinear(27, 5, **kind).double()  # as a kernel as large as its input
+    x = torch.randn(6, 3, 3, 3).double() * torch.tensor([0.05, 0.1, 0.2, 0.5, 2, 9]).double().view(6, 1, 1, 1)
+    expected = unfolded(x, layer.weight.view(5, 3, 3, 3), correlation, manifold, 1, 0)
+    torch.testing.assert_close(layer(x.flatten(1)), expected.flatten(1), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("correlation", models.CORRELATIONS)
@@ -87,71 +81,29 @@ def test_under_autocast_the_angle_is_still_taken_in_float32(correlation):
     with torch.autocast("cpu", torch.bfloat16):
         rough = layer(x)
     assert rough.dtype == torch.bfloat16 and rough.abs().max() <= 1 + torch.finfo(torch.bfloat16).eps
-    torch.testing.assert_close(
-        rough.float(), layer(x), atol=0.06 if correlation in ("linear", "sigmoid") else 0.02, rtol=0
-    )
+    tolerance = 0.06 if correlation in ("linear", "sigmoid") else 0.02
+    torch.testing.assert_close(rough.float(), layer(x), atol=tolerance, rtol=0)
 
 
 def test_the_networks_have_the_published_layers():
     mnist = models.build_model("dsphere_mnist", 10, 1, image_size=28, head="sphere", correlation="cosine")
+    widths = [(1, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
+    shapes = [(c_out, c_in, 3, 3) for c_in, c_out in widths] + [(256, 128 * 9), (10, 256)]
+    assert [tuple(p.shape) for p in mnist.parameters()] == shapes
     cifar = models.build_model("dsphere_cifar", 10, 3, head="linear")
-    shapes = [tuple(p.shape) for p in mnist.parameters()]
-    assert shapes == [
-        (32, 1, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (128, 128, 3, 3),
-        (256, 128 * 9), (10, 256),
-    ]  # fmt: skip
     convolutions = [m for m in cifar.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert [m.out_channels for m in convolutions] == [64] * 3 + [128] * 3 + [
-        256
-    ] * 3 and cifar.hidden.out_features == 512
-    assert not any(isinstance(m, models.SphereConv2d | models.SphereLinear) for m in cifar.modules())
+    assert [m.out_channels for m in convolutions] == [64] * 3 + [128] * 3 + [256] * 3 and cifar.feature_dim == 512
     x = torch.rand(2, 1, 28, 28)
     assert mnist.features(x).min() == 0 and mnist.conv[:2](x).min() == 0  # after their ReLU
 
 
-def test_a_head_and_a_correlation_that_do_not_go_together_are_refused():
-    for head, correlation in (("sphere", "inner"), ("linear", "cosine"), ("sphere", "dot"), ("he", "cosine")):
-        with pytest.raises(ValueError, match="correlation"):
-            models.build_model("dsphere_mnist", 10, 1, image_size=28, head=head, correlation=correlation)
-    with pytest.raises(ValueError, match="no sphere layers"):
-        models.build_model("resnet18", 10, head="sphere", correlation="cosine")
-
-
-def test_heads_give_w_softmax_and_weight_multiplier_logits():
-    torch.manual_seed(0)
-    z = torch.rand(5, 8)
-    kind = {"correlation": "quadratic", "manifold": "sphere"}
-    softmax, multiplier = models.SphereHead(8, 3, False, **kind), models.SphereHead(8, 3, True, **kind)
-    multiplier.multiplier.data.fill_(-2.5)
-    g = [(1 - (1 - models.cosine(z, head.weight)) ** 2).clamp(min=-1) for head in (softmax, multiplier)]
-    torch.testing.assert_close(softmax(z), z.norm(dim=1, keepdim=True) * g[0])
-    torch.testing.assert_close(multiplier(z), 2.5 * g[1])
-
-
 def test_annealing_is_eq_8_and_its_weight_falls_to_a_floor():
     torch.manual_seed(0)
-    z, g, y = (
-        torch.rand(6, 4, dtype=torch.float64),
-        torch.randn(6, 3, dtype=torch.float64),
-        torch.tensor([0, 1, 2, 0, 1, 2]),
-    )
-    logits = z.norm(dim=1, keepdim=True) * g
+    z, g = torch.rand(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    y, logits = torch.tensor([0, 1, 2, 0, 1, 2]), z.norm(dim=1, keepdim=True) * g
     for iteration, weight in ((0, 10.0), (100, 5.0), (10**6, 0.1)):
         expected = (F.cross_entropy(g, y) + weight * F.cross_entropy(logits, y)) / (1 + weight)
         assert train_dsphere.annealed_ce(logits, z, y, iteration).item() == pytest.approx(expected.item(), rel=1e-9)
-
-
-def test_annealing_goes_by_the_iterations_of_the_run(cli, tmp_path, monkeypatch):
-    seen, original = [], train_dsphere.annealed_ce
-
-    def record(logits, z, y, iteration):
-        seen.append(iteration)
-        return original(logits, z, y, iteration)
-
-    monkeypatch.setattr(train_dsphere, "annealed_ce", record)
-    few = ["--limit", "164", "--batch-size", "32", "--steps", "1", "--epochs", "2", "--out", tmp_path / "run"]
-    assert cli("train_dsphere", "--loss", "annealing", *few)[0] == 0
-    assert seen == [0, 1, 2, 3]
 
 
 def test_orthogonality_is_zero_on_orthogonal_kernels_alone():
@@ -165,38 +117,26 @@ def test_orthogonality_is_zero_on_orthogonal_kernels_alone():
 
 def test_geodesic_statistics_are_stored_with_the_weights_they_belong_to(cli, make_npz, tmp_path):
     """Of the training images alone, class by class; nothing is accepted as a class without images."""
-    labels = np.where(np.arange(140) % 10 == 9, 0, np.arange(140) % 10)
-    path = make_npz(y_train=labels)
-    flags = [
-        "--dataset",
-        path,
-        "--arch",
-        "dsphere_mnist",
-        "--batch-size",
-        "20",
-        "--epochs",
-        "2",
-        "--lr",
-        "1e-3",
-        "--steps",
-        "1",
-    ]
+    path = make_npz(y_train=np.arange(140) % 9, y_test=np.arange(20) % 10)
+    flags = f"--dataset {path} --arch dsphere_mnist --batch-size 20 --epochs 2 --lr 1e-3 --steps 1".split()
     assert cli("train_dsphere", *flags, "--out", tmp_path / "run")[0] == 0
     data = common.load_data(str(path))
     x, y = common.images_at(data.x_train, data.train, "cpu"), data.y_train[data.train]
     for file in ("best.pt", "last.pt"):
         model, meta = common.load_checkpoint(tmp_path / "run" / file)
-        theta = models.arccos(models.cosine(model.features(x), model.fc.weight))
-        mine = theta.gather(1, y[:, None]).squeeze(1).detach()
-        for k in range(10):
-            angles = mine[y == k] if (y == k).sum() > 1 else torch.zeros(2)
-            assert meta["geodesic"]["mean"][k] == pytest.approx(angles.mean().item(), abs=1e-4)
-            assert meta["geodesic"]["std"][k] == pytest.approx(angles.std().item(), abs=1e-4)
+        theta = models.arccos(models.cosine(model.features(x), model.fc.weight)).detach()
+        mine = [theta[y == k, k] if (y == k).sum() > 1 else torch.zeros(2) for k in range(10)]
+        assert meta["geodesic"]["mean"] == pytest.approx([angles.mean().item() for angles in mine], abs=1e-4)
+        assert meta["geodesic"]["std"] == pytest.approx([angles.std().item() for angles in mine], abs=1e-4)
 
 
-def test_iterations_become_whole_epochs(cli, tmp_path):
-    flags = ["--limit", "180", "--batch-size", "40", "--steps", "1", "--iterations", "5", "--out", tmp_path / "run"]
-    assert cli("train_dsphere", *flags)[0] == 0
-    assert common.read_file(tmp_path / "run" / "last.pt")["epoch"] == 3  # two steps an epoch
-    assert cli("train_dsphere", *flags, "--iterations", "7", "--resume")[0] == 0
-    assert common.read_file(tmp_path / "run" / "last.pt")["epoch"] == 4
+def test_iterations_become_whole_epochs_and_annealing_goes_by_them(cli, tmp_path, monkeypatch):
+    """Two steps an epoch; a resumed run goes on counting."""
+    seen, annealed_ce = [], train_dsphere.annealed_ce
+    record = lambda logits, z, y, iteration: seen.append(iteration) or annealed_ce(logits, z, y, iteration)  # noqa: E731
+    monkeypatch.setattr(train_dsphere, "annealed_ce", record)
+    flags = ["--limit", "180", "--batch-size", "40", "--steps", "1", "--loss", "annealing", "--out", tmp_path / "run"]
+    for iterations, epochs in ((3, 2), (5, 3)):
+        assert cli("train_dsphere", *flags, "--iterations", iterations, "--resume")[0] == 0
+        assert common.read_file(tmp_path / "run" / "last.pt")["epoch"] == epochs
+    assert seen == [0, 1, 2, 3, 4, 5]

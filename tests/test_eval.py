@@ -114,15 +114,16 @@ def test_a_nan_gradient_of_one_image_changes_no_attack_on_the_others():
     model, breaking = Net(), nn.Sequential()
     breaking.forward = lambda x: model(Gradient.apply(x, torch.where(x[:, :1, :1, :1] > 0.8, math.nan, 1.0)))
     x, y = images(8, model)
-    x[:, 0, 0, 0] = torch.where(torch.arange(8) == 2, 1.0, 0.5)
+    x[:, 0, 0, 0] = torch.where(torch.arange(8) == 3, 1.0, 0.5)
     y = model(x).argmax(1)
-    names = "fgsm mim-20 pgd-20 cw-inf mta-5 deepfool-5 cw-l2-5 apgd-ce apgd-t fab-t autoattack".split()
-    good, bad = (evaluate(net, x, y, ",".join(names), eps=0.04) for net in (model, breaking))
+    names = "fgsm mim-20 pgd-20 cw-inf mta-5 deepfool-5 cw-l2-5 apgd-t autoattack".split()
+    good, bad = (evaluate(net, x, y, ",".join(names), eps=0.16, norm="l2") for net in (model, breaking))
     for name in names:
         assert bad["attacks"][name]["nonfinite"] >= 1 and good["attacks"][name]["nonfinite"] == 0, name
-        others = [np.delete(result["verdicts"][name], 2).tolist() for result in (good, bad)]
+        others = [np.delete(result["verdicts"][name], 3).tolist() for result in (good, bad)]
         assert others[0] == others[1], name
     assert 0 < good["attacks"]["apgd-t"]["correct"] < 8
+    assert bad["verdicts"]["apgd-t"][3] and not bad["verdicts"]["autoattack"][3]  # Square needs no gradient
 
 
 @pytest.mark.parametrize("correct, n, low, high", [  # Newcombe 1998, Table I, method 3
@@ -134,21 +135,22 @@ def test_intervals_are_the_published_wilson_intervals(correct, n, low, high):
     assert (row["low"], row["high"]) == pytest.approx((low, high), abs=0.006)
 
 
-def test_verdicts_follow_from_the_seed_and_not_from_other_attacks_or_earlier_random_numbers():
-    model, x, y = digits("he", 40)
-    alone = evaluate(model, x, y, "pgd-3", eps=0.1, batch_size=16)["verdicts"]["pgd-3"]
-    torch.manual_seed(99)
-    among = evaluate(model, x, y, "noise,cw-inf-3,pgd-3", eps=0.1, batch_size=16)["verdicts"]["pgd-3"]
-    assert np.array_equal(alone, among)
-    assert not np.array_equal(*(evaluate(model, x, y, "noise", eps=0.5, seed=s)["verdicts"]["noise"] for s in (0, 1)))
+def test_random_numbers_follow_from_seed_and_name_and_restarts_repeat_random_starts_only(pixels):
+    drawn = []
+    fixed = Attack(lambda model, x, y, **_: drawn.append(torch.rand(1).item()) or x)
+    for seed in (0, 1):
+        spies = {"random": replace(fixed, random_start=True), "fixed": fixed}
+        evaluate(Threshold(), *pixels, spies, eps=0.1, restarts=3, seed=seed)
+    assert len(drawn) == len(set(drawn)) == 2 * (3 + 1)
+    torch.manual_seed(99)  # what ran before, and other attacks, change nothing
+    evaluate(Threshold(), *pixels, {"fixed": fixed}, eps=0.1, seed=1)
+    assert drawn[-1] == drawn[-2]
 
 
-def test_restarts_repeat_random_starts_only_and_add_up():
+def test_restarts_add_up():
     model, x, y = digits("he", 40)
-    rows = [evaluate(model, x, y, "fgsm,noise", eps=0.5, restarts=restarts)["attacks"] for restarts in (1, 2, 8)]
-    counts = [row["noise"]["correct"] for row in rows]
+    counts = [evaluate(model, x, y, "noise", eps=0.5, restarts=n)["attacks"]["noise"]["correct"] for n in (1, 2, 8)]
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
-    assert [row["fgsm"]["queries"] for row in rows] == [1, 1, 1]
 
 
 def test_a_batch_has_images_of_all_classes_in_whatever_order_they_come():
@@ -188,7 +190,7 @@ def test_an_interrupted_evaluation_attacks_only_the_missing_batches(tmp_path):
     assert second.calls == whole.calls - 2 == 3
     assert np.array_equal(resumed["verdicts"]["mine"], uninterrupted["verdicts"]["mine"])
     assert resumed["attacks"]["mine"]["queries"] == uninterrupted["attacks"]["mine"]["queries"]
-    assert (tmp_path / "a" / "eval.csv").exists() and not list(tmp_path.rglob("*.pt"))
+    assert (tmp_path / "a" / "eval.csv").exists()
 
 
 def test_results_add_up_and_those_of_other_settings_are_kept_apart(tmp_path):
@@ -242,9 +244,10 @@ def test_any_module_in_a_notebook_and_nothing_of_it_changes():
     y = model.eval()(x).argmax(1)
     model.train()
     x_adv = ATTACKS["pgd-20"](model, x, y, eps=0.1)
-    result = evaluate(model, x, y, attacks="quick,autoattack", eps=0.1)
-    assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and set(result["attacks"]) >= {"clean", "pgd-20", "autoattack"}
-    assert result["attacks"]["worst case"]["correct"] <= result["attacks"]["autoattack"]["correct"] <= 30
+    torch.backends.cudnn.allow_tf32 = True
+    rows = evaluate(model, x, y, attacks="quick,autoattack", eps=0.1)["attacks"]
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6
+    assert rows["worst case"]["correct"] <= rows["autoattack"]["correct"] <= 30 and not torch.backends.cudnn.allow_tf32
     assert model.training and [p.requires_grad for p in model.parameters()] == [True, False, True, True, True, True]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert evaluate(model, (255 * x).byte(), y, attacks="clean")["attacks"]["clean"]["n"] == 30
@@ -254,10 +257,10 @@ def test_amp_crafts_in_bfloat16_and_the_verdict_is_float32():
     model, x, y = digits("he", 40)
     inside = []
     model.register_forward_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
-    names = "pgd-10,cw-inf-10,spsa-3,rays,zoo"
+    names = "rays,zoo,spsa-3,cw-inf-10,pgd-10"
     few = {name: eval_all.find_attack(name) for name in names.split(",")}
     for name in ("rays", "zoo"):
-        few[name] = replace(few[name], run=partial(few[name].run, queries=1000))
+        few[name] = replace(few[name], run=partial(few[name].run, queries=300))
     exact = evaluate(model, x, y, few, eps=0.1)["attacks"]
     assert not any(inside)
     inside.clear()
@@ -301,7 +304,7 @@ def test_two_ranks_give_the_verdicts_of_one_process(tmp_path):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert figures(tmp_path / "one") == figures(tmp_path / "two")
-    assert done.stdout.count("worst case:") == 1 and not list(tmp_path.rglob("*.pt"))
+    assert done.stdout.count("worst case:") == 1
 
 
 def write(path, *lines):
@@ -327,22 +330,19 @@ def test_users_files_find_their_own_modules_also_where_their_names_are_ours(cli,
 
 
 USERS_FILE = """
-import torch
-from torch import nn
-
+from torch import Tensor, nn
 class Net(nn.Module):
     def __init__(self, wrap=lambda logits: logits, classes=10):
         super().__init__()
         self.fc, self.wrap = nn.Linear(64, classes), wrap
     def forward(self, x):
         return self.wrap(self.fc(x.flatten(1)))
-
 def few(): return Net(classes=9)
-def double(): return Net(torch.Tensor.double)
+def double(): return Net(Tensor.double)
 def pair(): return Net(lambda logits: (logits, logits))
-def flat(): return Net(torch.Tensor.flatten)
+def flat(): return Net(Tensor.flatten)
 def number(): return 3
-def detached(): return Net(torch.Tensor.detach)
+def detached(): return Net(Tensor.detach)
 """
 
 
@@ -390,4 +390,3 @@ def test_a_bare_state_dict_has_the_scale_of_its_head(cli, make_npz, tmp_path, he
 def test_the_audit_comes_with_the_presets_paper_and_all():
     asked = {names: eval_all.parse_args(["x", "--attacks", names]).audit for names in ("quick", "pgd-20, paper", "all")}
     assert asked == {"quick": False, "pgd-20, paper": True, "all": True}
-    assert not eval_all.parse_args(["x", "--attacks", "all", "--no-audit"]).audit

@@ -1,6 +1,5 @@
 """Every attack's verdicts on two small networks, image by image, as recorded in golden/verdicts.json."""
 
-import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ def load(name):
 
 
 def craft(model, attack, options):
-    """(x_adv, correct) on the first 40 test images; `attack` is a function of eval_all.py, or common.pgd."""
+    """Whether the first 40 test images are classified correctly, (40,); `attack` is a function of eval_all.py, or common.pgd."""
     data = common.load_data("digits")
     x, y = common.to_float(data.x_test[:40]), data.y_test[:40]
     net, options = load(model), dict(options)
@@ -37,13 +36,10 @@ def craft(model, attack, options):
         options |= {"source": load(options["source"]), "attack": crafted}
     torch.manual_seed(0)
     with common.frozen_eval(net):
-        x_adv = function(net, x, y, **options).detach()
-        return x_adv, net(x_adv).argmax(1) == y
+        return net(function(net, x, y, **options).detach()).argmax(1) == y
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['model']}-{e['attack']}-{e['options'].get('norm', '')}")
 def test_verdicts_are_those_recorded(entry):
-    x_adv, correct = craft(entry["model"], entry["attack"], entry["options"])
+    correct = craft(entry["model"], entry["attack"], entry["options"])
     assert "".join(str(int(c)) for c in correct) == entry["correct"]
-    # Scaffolding while code moves: the same bits.
-    assert hashlib.sha256(x_adv.contiguous().numpy().tobytes()).hexdigest()[:16] == entry["sha256"]

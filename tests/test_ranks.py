@@ -4,119 +4,80 @@ import importlib
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import common
+import train_pgd_he
 
 import pytest
 import torch
 from torch.distributed import run as torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ("--dataset", "digits", "--limit", "164", "--arch", "wrn-10-1", "--batch-size", "32", "--steps", "2")
+QUICK = "--limit 164 --arch wrn-10-1 --batch-size 32 --steps 1 --no-amp --schedule constant --epochs".split()
 
 
-def run(script, *flags):
-    """A script's finished process under torchrun, which chooses its port."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def train(out, *flags):
-    done = run("train_pgd_he.py", *QUICK, *flags, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return common.read_file(out / "last.pt"), done
-
-
-def test_two_ranks_train_and_resume_bit_for_bit(tmp_path):
-    flags = ("--schedule", "constant", "--sync-bn", "--epochs")
-    whole, done = train(tmp_path / "whole", *flags, 2)
-    assert done.stdout.count("epoch   2/2") == 1 and done.stderr.count("--sync-bn needs CUDA") == 1
-    train(tmp_path / "halves", *flags, 1)
-    halves, done = train(tmp_path / "halves", *flags, 2, "--resume")
-    assert "resumed after epoch 1" in done.stdout
-    assert all(torch.equal(whole["model"][key], halves["model"][key]) for key in whole["model"])
-
-
-SUM = """
-import torch, common, models, train_pgd_he
-def main():
-    args = train_pgd_he.parse_args({flags})
+def train_without_batch_statistics(out):
+    """An epoch in eval mode, so that the mean over two halves of a batch is that of the whole."""
+    args = train_pgd_he.parse_args([*QUICK, "1", "--optimizer", "sgd", "--lr", "0.1", "--out", str(out)])
     data = common.load_data(args.dataset, limit=args.limit)
     run = common.Run(args, common.build_model(args, data), data)
     for _ in run.epochs():
-        batches = list(run.batches())
-        for x, y in batches:
-            run.model.zero_grad()
-            logits = run.model.eval()(x)  # without batch statistics the mean over two halves is that of the whole
+        for x, y in list(run.batches()):
+            logits = run.model.eval()(x)
             run.step(common.margin_ce(logits, y, 15, 0.2), logits, y)
         run.finish_epoch()
-common.cli(main)
-"""
 
 
-def test_gradients_are_averaged_so_that_two_ranks_take_the_steps_of_one(tmp_path):
-    script = tmp_path / "script.py"
-    weights = []
-    for ranks in (1, 2):
-        flags = [
-            *QUICK,
-            "--epochs",
-            "1",
-            "--no-amp",
-            "--optimizer",
-            "sgd",
-            "--lr",
-            "0.1",
-            "--out",
-            tmp_path / str(ranks),
-        ]
-        script.write_text(SUM.format(flags=list(map(str, flags))))
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = run(script) if ranks == 2 else subprocess.run([sys.executable, script], env=environment)
-        assert done.returncode == 0
-        weights.append(common.read_file(tmp_path / str(ranks) / "last.pt"))
-    one, two = (content["model"] for content in weights)
-    assert all(torch.allclose(one[key].double(), two[key].double(), atol=1e-5) for key in one)
-    assert weights[0]["history"][0]["loss"] == pytest.approx(weights[1]["history"][0]["loss"], rel=1e-4)
+def on_each_rank():
+    """What torchrun starts: this file, with an empty directory."""
+    out = Path(sys.argv[1])
+    train_without_batch_statistics(out / "two ranks")
+    groups.append(weakref.ref(torch.distributed.group.WORLD))
+    common.init_distributed = lambda device: device  # done: a process can join only once
+    for name, *flags in (("whole", "2"), ("part", "1"), ("part", "2", "--resume")):
+        train_pgd_he.main([*QUICK, *flags, "--sync-bn", "--out", str(out / name)])
+    with pytest.raises(common.UserError, match="of one process in mid-epoch"):
+        train_pgd_he.main([*QUICK, "2", "--resume", "--out", str(out / "stopped")])
+    common.barrier()  # torchrun ends the other rank when one has failed
+    train_pgd_he.main(["--batch-size", "33"])
 
 
-def test_the_group_ends_before_python_does(tmp_path):
-    """Its threads would otherwise abort the process now and then."""
-    script = tmp_path / "script.py"
-    script.write_text("""
-import sys, weakref
-import common
-import torch
-def main():
-    common.init_distributed("cpu")
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # imports much of torch
-    globals()["group"] = weakref.ref(torch.distributed.group.WORLD)
-    assert group() is not None
-common.cli(main)
-sys.exit(group() is not None)
-""")
-    done = run(script)
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_take_the_steps_of_one_and_resume_bit_for_bit(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, tmp_path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "stopped").mkdir()
+    common.save({"format": common.FORMATS[-1], "begun": {"batches": 1}}, tmp_path / "stopped" / "last.pt")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "test_ranks.py: error: --batch-size 33" in done.stderr
+    assert "exitcode  : 2 " in done.stderr and "exitcode  : 9 " not in done.stderr, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("epoch ")] == list("11212")
+    assert done.stderr.count("--sync-bn needs CUDA") == 3 and done.stdout.count("resumed after epoch 1") == 1
+    train_without_batch_statistics(tmp_path / "one rank")
+    runs = ("one rank", "two ranks", "whole", "part")
+    one, two, whole, part = (common.read_file(tmp_path / run / "last.pt") for run in runs)
+    assert all(torch.equal(value, part["model"][key]) for key, value in whole["model"].items())
+    assert all(torch.allclose(value, two["model"][key], atol=1e-5) for key, value in one["model"].items())
+    for key in ("loss", "train_accuracy", "val_clean"):
+        assert one["history"][0][key] == pytest.approx(two["history"][0][key], rel=1e-4), key
 
 
-def test_an_uneven_batch_is_refused():
-    done = run("train_pgd_he.py", "--limit", "164", "--batch-size", "33")
-    assert (
-        done.returncode
-        and "train_pgd_he.py: error: --batch-size 33: needed is a multiple of the 2 ranks" in done.stderr
-    )
-
-
-@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("train_*.py")))
-def test_torchrun_takes_no_flag_of_ours_for_its_own(script, monkeypatch):
+def test_torchrun_takes_no_flag_of_ours_for_its_own(monkeypatch):
     """It reads the whole command line, and abbreviations too, before it hands the script's part on."""
     parsers = []
     monkeypatch.setattr(common.Parser, "parse_args", lambda self, argv: parsers.append(self) or sys.exit(0))
-    with pytest.raises(SystemExit):
-        importlib.import_module(script).parse_args([])
-    for action in parsers[0]._actions:
-        for flag in action.option_strings:
-            args = torchrun.get_args_parser().parse_args(["--nproc_per_node=2", f"{script}.py", flag, "1"])
-            assert args.training_script_args == [flag, "1"]
+    for script in sorted(path.stem for path in ROOT.glob("train_*.py")):
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).parse_args([])
+    for flag in {flag for parser in parsers for action in parser._actions for flag in action.option_strings}:
+        args = torchrun.get_args_parser().parse_args(["--nproc_per_node=2", "script.py", flag, "1"])
+        assert args.training_script_args == [flag, "1"]
+
+
+if __name__ == "__main__":
+    groups = []
+    try:
+        common.cli(on_each_rank)
+    except SystemExit as stop:
+        sys.exit(9 if groups[0]() else stop.code)  # the group's threads could abort the process at exit

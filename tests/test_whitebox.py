@@ -96,8 +96,8 @@ def test_a_step_follows_the_gradient_of_the_loss_that_the_attack_names(name):
     model, x, y = digits("he", 6)
     model, x = model.double(), x.double().requires_grad_()
     (grad,) = torch.autograd.grad(LOSSES[name](model(x), y), x)
-    budget = dict(eps=0.1, norm="l2", step_size=0.05, steps=1, start=x.detach())
-    x_adv = getattr(eval_all, name)(model, x.detach(), y, **budget)
+    budget = dict(eps=0.1, norm="l2", step_size=0.05, steps=1)
+    x_adv = getattr(eval_all, name)(model, x.detach(), y, start=x.detach(), **budget)
     expected = (x + 0.05 * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(0, 1).detach()
     torch.testing.assert_close(x_adv, expected)
 
@@ -130,7 +130,6 @@ def test_mim_is_its_recursion():
         x_adv = (x_adv.detach() + 0.03 * g.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)
     budget = dict(eps=0.1, step_size=0.03, steps=6, early_stop=False)
     torch.testing.assert_close(eval_all.mim(model, x, y, **budget), x_adv)
-    assert not torch.equal(eval_all.bim(model, x, y, **budget), x_adv)
 
 
 def test_the_feature_attack_moves_features_towards_another_class_or_away():
