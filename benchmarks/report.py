@@ -79,7 +79,7 @@ class Results(dict[str, dict[int, Network]]):
 
     def __init__(self, folder: Path) -> None:
         evaluations = {}
-        for path in sorted(folder.glob("*/*-s[0-9]*/**/*.json")):
+        for path in sorted(set(folder.glob("*/*-s[0-9]*/**/*.json")) - set(folder.glob("**/settings-*/*"))):
             evaluations.setdefault("/".join(path.relative_to(folder).parts[:2]), []).append(read_evaluation(path))
         for model, own in evaluations.items():
             name, _, seed = model.rpartition("-s")

@@ -19,7 +19,7 @@ def load(name):
 
 
 def craft(model, attack, options):
-    """Whether the first 40 test images are classified correctly, (40,); `attack` is a function of eval_all.py, or common.pgd."""
+    """Whether the first 40 test images are classified correctly; `attack` is one of eval_all.py's, or common.pgd."""
     data = common.load_data("digits")
     x, y = common.to_float(data.x_test[:40]), data.y_test[:40]
     net, options = load(model), dict(options)
