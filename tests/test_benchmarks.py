@@ -46,8 +46,8 @@ def benchmarks(tmp_path):
 def test_the_scripts_accept_the_flags_of_all_rows(benchmarks, tmp_path, monkeypatch, script):
     Parsed = type("Parsed", (Exception,), {})
 
-    def parse(parser, argv):
-        raise Parsed(argparse.ArgumentParser.parse_args(parser, argv))
+    def parse(parser, argv, namespace=None):
+        raise Parsed(argparse.ArgumentParser.parse_args(parser, argv, namespace))
 
     monkeypatch.setattr(common.Parser, "parse_args", parse)
     assert benchmarks(script=script, SEEDS="0")[0] == 0
