@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+torch.set_num_threads(1)  # on networks this small two threads are slower than one
+
 
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
