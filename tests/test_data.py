@@ -19,8 +19,7 @@ def test_digits_are_complete_and_split_without_overlap():
     assert (len(data.train), len(data.val), len(data.y_test), data.num_classes) == (1338, 100, 359, 10)
     assert data.x_train.dtype == torch.uint8 and data.x_train.shape[1:] == (1, 8, 8)
     assert sorted(torch.cat([data.train, data.val]).tolist()) == list(range(1438))
-    sums = torch.cat([data.x_train, data.x_test]).sum((1, 2, 3))
-    assert sorted(sums.tolist()) == sorted(np.round(digits * 255 / 16).sum(1))
+    assert sorted(torch.cat([data.x_train, data.x_test]).sum((1, 2, 3))) == sorted(np.round(digits * 255 / 16).sum(1))
 
 
 def test_the_split_is_the_same_each_time_and_limit_keeps_a_subset(make_npz):
