@@ -6,7 +6,7 @@ Images are float in [0, 1], (B, C, H, W), everywhere outside the model, so eps i
 import os
 
 # Idle OpenMP threads must not spin for long beside other processes. This counts only before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import argparse
 import io

@@ -98,7 +98,7 @@ def test_a_killed_process_loses_an_epoch_at_most_and_sets_the_spin_count_in_time
     assert cli("train_pgd_he", *flags, "--resume")[0] == 0
     assert_same(finished, tmp_path / "run")
     assert [row["epoch"] for row in csv.DictReader(open(tmp_path / "run" / "log.csv"))] == ["1", "2", "3"]
-    assert "GOMP_SPINCOUNT = '10000'" in (tmp_path / "stderr").read_text()
+    assert "GOMP_SPINCOUNT = '5000'" in (tmp_path / "stderr").read_text()
 
 
 def test_a_full_disk_is_one_line_and_leaves_a_run_that_can_be_resumed(cli, tmp_path, monkeypatch):
