@@ -984,7 +984,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     flag("--step-size", type=number(float, 1e-6), help="in pixel units (default: the papers', or 2.5 eps / N)")
     flag("--restarts", type=number(int, 1), default=1, help="of attacks with a random start (default: 1)")
-    flag("--amp", action="store_true", help="craft in bfloat16: faster, perhaps weaker; verdicts stay in float32")
+    flag("--amp", action="store_true", help="craft in bfloat16, perhaps weaker; verdicts stay in float32")
     args = parser.parse_args(argv)
     if args.audit is None:
         args.audit = bool({"paper", "all"} & set(map(str.strip, args.attacks.split(","))))
