@@ -704,12 +704,13 @@ def evaluate(model, x, y, attacks="quick", *, audit=False, folder=None, index=No
     if settings.norm == "linf" and settings.eps > 1:
         raise common.UserError(f"eps {settings.eps:g} on images in [0, 1]: give it in pixel units, such as 8/255")
     disable_tf32()
-    if isinstance(attacks, str):
-        attacks = select_attacks(attacks, [Model("the model", model, {})], settings, image)
     temporary = tempfile.TemporaryDirectory()  # is deleted with this variable
     folder, weights = Path(folder or temporary.name), fingerprint(*model.state_dict().values())
     torch.manual_seed(settings.seed)
-    with common.frozen_eval(model):  # predictions may differ where weights and code do not
+    with common.frozen_eval(model):
+        if isinstance(attacks, str):
+            attacks = select_attacks(attacks, [Model("the model", model, {})], settings, image)
+        # Predictions may differ where weights and code do not.
         seen = predict(model, common.images_at(x, torch.arange(min(100, len(y))), y.device))
     key = fingerprint(weights, getattr(model, "options", model), code_of(model), x, y, settings, seen)
     own = folder / f"settings-{key}"  # results of other models and settings have folders of their own
@@ -759,10 +760,8 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> list
     k = int((logits.argmax(1) == y).sum())
     p = float(binomtest(k, len(y), chance, alternative="greater").pvalue)
     zero = float((~(torch.cat(gradients).flatten(1).abs().amax(1) > 0)).float().mean())  # 0 or NaN
-    figures, lost = (
-        f"mean largest probability {sure:.3f}, chance {chance:.3f}",
-        f"zero or NaN on {100 * zero:.1f} % of the images",
-    )
+    figures = f"mean largest probability {sure:.3f}, chance {chance:.3f}"
+    lost = f"zero or NaN on {100 * zero:.1f} % of the images"
     return [
         Check("clean accuracy is above chance", p < 0.01, f"{k} of {len(y)}", "binomial p >= 0.01", "all figures"),
         Check("same image, same logits", change < 1e-4, f"relative change {change:.1e}", "> 1e-4", "all figures"),

@@ -245,7 +245,7 @@ def test_any_module_in_a_notebook_and_nothing_of_it_changes():
     model.train()
     x_adv = ATTACKS["pgd-20"](model, x, y, eps=0.1)
     torch.backends.cudnn.allow_tf32 = True
-    rows = evaluate(model, x, y, attacks="quick,autoattack", eps=0.1)["attacks"]
+    rows = evaluate(model, x, y, attacks="quick,apgd-t,autoattack", eps=0.1)["attacks"]
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6
     assert rows["worst case"]["correct"] <= rows["autoattack"]["correct"] <= 30 and not torch.backends.cudnn.allow_tf32
     assert model.training and [p.requires_grad for p in model.parameters()] == [True, False, True, True, True, True]
