@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -30,6 +31,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # imported later, by an optimizer, it would keep a destroyed group alive
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -104,7 +106,7 @@ def derive_seed(*numbers: int) -> int:
 
 FOLDERS = {"tiny-imagenet": "tiny-imagenet-200", "imagenet": "imagenet"}  # too large for memory: images in files
 KNOWN = ("digits", "mnist", "cifar10", "cifar100", *FOLDERS)
-CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}
+AUGMENTED = ("cifar10", "cifar100", *FOLDERS)
 SPLIT_SEED = 0  # the held-out images, the digits test split and a --limit subset are the same for every --seed
 
 
@@ -137,7 +139,7 @@ class ImageFiles(Dataset):
 
 @dataclass
 class Data:
-    """A dataset: uint8 images (N, C, H, W) and int64 labels (N,). `val` is held out of the training images."""
+    """A dataset: uint8 images or float32 ones in [0, 1], (N, C, H, W), int64 labels (N,); `val` is not trained on."""
 
     name: str  # what results are reported under: a known name, or the stem of the file
     known: str | None  # the known dataset whose defaults apply, if any
@@ -151,14 +153,17 @@ class Data:
     source: str  # where it was read from
 
     def __post_init__(self) -> None:
-        self.in_channels, self.image_size = self.x_test.shape[1:3]
+        self.in_channels, height, width = self.x_test.shape[1:]
+        self.image_size = height if height == width else (height, width)
 
     def statistics(self) -> dict[str, list[float]]:
         """mean and std per channel of the training images, in [0, 1]; for images in files those usual for ImageNet."""
         if isinstance(self.x_train, ImageFiles):
             return {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
         x = self.x_train[self.train[:10_000]].numpy()  # by numpy: the same on any number of threads
-        return {"mean": (x.mean((0, 2, 3)) / 255).tolist(), "std": (x.std((0, 2, 3)) / 255).clip(1 / 255).tolist()}
+        white = 255 if x.dtype == np.uint8 else 1
+        mean, std = (f(x, (0, 2, 3), dtype=np.float64) / white for f in (np.mean, np.std))
+        return {"mean": mean.tolist(), "std": std.clip(1 / 255).tolist()}
 
 
 def known_dataset(name: str) -> str | None:
@@ -168,19 +173,23 @@ def known_dataset(name: str) -> str | None:
 
 
 def read_npz(path: Path) -> list[np.ndarray]:
-    """x_train, y_train, x_test, y_test of an .npz. Raises UserError naming the file and what is wrong."""
+    """x_train, y_train, x_test, y_test of an .npz; the first two are empty if it has test images alone."""
+    keys = ["x_train", "y_train", "x_test", "y_test"]
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
+            keys = keys if {*keys[:2]} & {*file} else keys[2:]
+            arrays = [file[key] for key in keys]
     except Exception as error:  # numpy and zipfile raise nearly anything on a damaged file
         raise UserError(f"{path}: not an .npz of x_train, y_train, x_test, y_test ({error})") from None
-    for x, y in (arrays[:2], arrays[2:]):
-        square = x.ndim in (3, 4) and x.shape[1] == x.shape[2] and x.shape[3:] in ((), (1,), (3,))
-        if x.dtype != np.uint8 or not square or not x.size or x.shape[1:] != arrays[0].shape[1:]:
-            raise UserError(f"{path}: images {x.dtype} {x.shape}; needed: square uint8 (N, H, W) or (N, H, W, 1 or 3)")
+    for key, x, y in zip(keys[::2], arrays[::2], arrays[1::2], strict=True):
+        if not x.size or x.ndim not in (3, 4) or (x.ndim == 4 and not {x.shape[1], x.shape[3]} & {1, 3}):
+            needed = "(N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3"
+            raise UserError(f"{path}: {key} has shape {x.shape}; needed: {needed}")
+        if x.dtype != np.uint8 and not (x.dtype.kind == "f" and x.min() >= 0 and x.max() <= 1):
+            raise UserError(f"{path}: {key} is {x.dtype}; needed: uint8 from 0 to 255, or floats from 0 to 1")
         if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or not 0 <= y.min() <= y.max() < 10**5:
             raise UserError(f"{path}: labels {y.dtype} {y.shape}; needed: one integer from 0 per image of {x.shape}")
-    return arrays
+    return arrays if len(arrays) == 4 else [arrays[0][:0], arrays[1][:0], *arrays]
 
 
 def folder_arrays(name: str, root: Path) -> list[ImageFiles | np.ndarray]:
@@ -202,7 +211,7 @@ def folder_arrays(name: str, root: Path) -> list[ImageFiles | np.ndarray]:
 
 
 def read_arrays(dataset: str, root: Path) -> tuple[list[ImageFiles | np.ndarray], str]:
-    """x_train, y_train, x_test and y_test, images as (N, H, W) or (N, H, W, C), and where they were read from."""
+    """x_train, y_train, x_test and y_test, images as in read_npz, and where they were read from."""
     path = Path(dataset) if dataset.endswith(".npz") else root / f"{dataset}.npz"
     if dataset.endswith(".npz") or path.exists():
         return read_npz(path), str(path)
@@ -215,7 +224,7 @@ def read_arrays(dataset: str, root: Path) -> tuple[list[ImageFiles | np.ndarray]
         order = np.random.default_rng(SPLIT_SEED).permutation(len(digits.target))
         x, y = np.round(digits.images[order] * (255 / 16)).astype(np.uint8), digits.target[order]
         return [x[len(x) // 5 :], y[len(x) // 5 :], x[: len(x) // 5], y[: len(x) // 5]], "scikit-learn"
-    if dataset not in CLASSES:
+    if dataset not in KNOWN:
         raise UserError(f"unknown dataset {dataset!r}: choose {', '.join(KNOWN)} or a FILE.npz (no {path} either)")
     if rank_and_count()[0]:
         barrier()  # rank 0 downloads
@@ -229,43 +238,46 @@ def read_arrays(dataset: str, root: Path) -> tuple[list[ImageFiles | np.ndarray]
     return [np.asarray(array) for split in splits for array in (split.data, split.targets)], f"torchvision, {root}"
 
 
+def channels_first(x: np.ndarray) -> Tensor:
+    """Images as in read_npz -> (N, C, H, W), uint8 or float32."""
+    x = torch.from_numpy(x if x.dtype == np.uint8 else x.astype(np.float32))
+    x = x[..., None] if x.ndim == 3 else x
+    return x.movedim(3, 1).contiguous() if x.shape[3] in (1, 3) else x
+
+
 def load_data(dataset: str, data_dir: str = "data", limit: int | None = None) -> Data:
     """A FILE.npz, DATA_DIR/NAME.npz, the built-in digits, torchvision's NAME, or DATA_DIR/imagenet/... 2 % of the
     training images, at least 100, are held out by a fixed seed; `limit` keeps that many before. Raises UserError."""
     (x_train, y_train, x_test, y_test), source = read_arrays(dataset, Path(data_dir))
-    name, known = Path(dataset).name.removesuffix(".npz"), known_dataset(dataset)
-    highest = int(max(y_train.max(), y_test.max()))
-    num_classes = CLASSES.get(known, highest + 1)
-    if highest >= num_classes or num_classes < 2:
-        raise UserError(f"{source}: labels up to {highest}, but {num_classes} class(es)")
+    if isinstance(x_test, np.ndarray):
+        x_train, x_test = channels_first(x_train), channels_first(x_test)
+        if x_train.shape[1:] != x_test.shape[1:]:
+            raise UserError(f"{source}: training images {(*x_train.shape[1:],)}, test images {(*x_test.shape[1:],)}")
     order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(y_train))[:limit])
-    held_out = max(100, len(order) // 50)
-    if len(order) <= held_out:
-        raise UserError(f"{len(order)} training images are too few: {held_out} are held out to pick best.pt")
-    if isinstance(x_train, np.ndarray):
-        images = (torch.from_numpy(x).reshape(*x.shape[:3], -1) for x in (x_train, x_test))
-        x_train, x_test = (x.movedim(3, 1).contiguous() for x in images)
+    held_out, name = max(100, len(order) // 50), Path(dataset).name.removesuffix(".npz")
     y_train, y_test = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
-    return Data(name, known, x_train, y_train, x_test, y_test, order[held_out:], order[:held_out], num_classes, source)
+    arrays, split = (x_train, y_train, x_test, y_test), (order[held_out:], order[:held_out])
+    num_classes = int(torch.cat([y_train, y_test]).max()) + 1
+    return Data(name, known_dataset(dataset), *arrays, *split, num_classes, source)
 
 
 def to_float(x: Tensor) -> Tensor:
-    """uint8 images (B, C, H, W) -> float32 in [0, 1]."""
-    return x.float() / 255
+    """Images (B, C, H, W), uint8 or float in [0, 1] -> float32 in [0, 1]."""
+    return x if x.is_floating_point() else x.float() / 255
 
 
 def images_at(x: Tensor | ImageFiles, rows: Tensor, device: str) -> Tensor:
     """float images (B, C, H, W) in [0, 1]: rows (B,) of x, a uint8 or float tensor or images in files (test view)."""
     x = torch.cat(list(x.read(rows.split(16)))) if isinstance(x, ImageFiles) else x[rows]
-    return x.to(device) if x.is_floating_point() else to_float(x.to(device))
+    return to_float(x.to(device))
 
 
-def crop_and_flip(padded: Tensor, rows: Tensor, size: int) -> Tensor:
-    """A random crop of `size` pixels and a random horizontal flip of images `rows` (B,) of `padded`, in one gather."""
-    device, slack = padded.device, padded.shape[2] - size
+def crop_and_flip(padded: Tensor, rows: Tensor, padding: int) -> Tensor:
+    """A random crop to the size before padding and a random horizontal flip of images `rows` (B,), in one gather."""
+    device, places = padded.device, 2 * padding + 1
     top, left, flip = torch.rand(3, len(rows), 1, device=device)
-    ys = (top * (slack + 1)).long() + torch.arange(size, device=device)
-    xs = (left * (slack + 1)).long() + torch.arange(size, device=device)
+    ys = (top * places).long() + torch.arange(padded.shape[2] - 2 * padding, device=device)
+    xs = (left * places).long() + torch.arange(padded.shape[3] - 2 * padding, device=device)
     xs = torch.where(flip < 0.5, xs.flip(1), xs)
     channels = torch.arange(padded.shape[1], device=device)
     return padded[rows[:, None, None, None], channels[:, None, None], ys[:, None, :, None], xs[:, None, None, :]]
@@ -290,6 +302,9 @@ TRAINING_DEFAULTS = {
     "imagenet": _LARGE | _HE | _IMAGENET,
     None: _LARGE | dict(arch="resnet18", lr=0.1, weight_decay=5e-4, eps="8/255", step_size="2/255"),
 }
+
+
+GPU = Path("/dev/nvidia0")
 
 
 def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
@@ -318,8 +333,13 @@ def device_flag(text: str) -> str:
 
 
 def default_device() -> str:
-    """cuda if there is a GPU, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda if there is a GPU, else cpu, with a warning if a GPU is there that this torch cannot use."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if GPU.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+        advice = "install a build of torch for a CUDA version that the driver supports"
+        print(f"warning: {GPU} exists, but this torch sees no CUDA and runs on the CPU: {advice}", file=sys.stderr)
+    return "cpu"
 
 
 def supports_bf16(device: str) -> bool:
@@ -369,12 +389,13 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
         parser.add_argument(flag, default=default, help=f"{text} (default: {default}; {source})", **options)
 
     flag, names, on_off = parser.add_argument, ", ".join(KNOWN), argparse.BooleanOptionalAction
+    augmented = known in AUGMENTED
     flag("--dataset", default="digits", metavar="NAME_OR_NPZ", help=f"{names}, or FILE.npz (default: digits)")
     flag("--data-dir", default="data", help="where datasets are looked for and downloaded to (default: data)")
     add("--arch", models.ARCHS)
     add("--epochs", "passes over the training images", type=number(int, 1))
     add("--batch-size", "images per step, over all ranks", type=number(int, 2))
-    add("--optimizer", "sgd has momentum 0.9", choices=("sgd", "adam"))
+    add("--optimizer", "sgd has momentum 0.9", choices=tuple(OPTIMIZERS))
     add("--lr", "peak learning rate", type=number(float, 0))
     add("--schedule", "of the learning rate over the run, see common.SCHEDULES", choices=tuple(SCHEDULES))
     add("--weight-decay", "L2 penalty on all parameters", type=number(float, 0))
@@ -382,6 +403,8 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     add("--step-size", "of the attack, in pixel units", type=number(float, 0, 1))
     add("--steps", "of the attack; one-step methods use it on the held-out images only", type=number(int, 1))
     add("--eps-warmup", "epochs over which eps and step size rise from 0", type=number(float, 0))
+    flag("--augment", action=on_off, default=augmented, help=f"crop and flip (default: {'on' if augmented else 'off'})")
+    flag("--ema", type=number(float, 0, 1), metavar="DECAY", help="average the weights, such as 0.999: for best.pt")
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all random numbers (default: 0)")
     flag("--out", help="where the run is written (default: runs/METHOD-DATASET-sSEED)")
     flag("--resume", action="store_true", help="continue from OUT/last.pt, if there is one")
@@ -479,18 +502,7 @@ def fooled(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def pgd(
-    model,
-    x,
-    y,
-    *,
-    loss,
-    eps: float,
-    step_size: float,
-    steps: int,
-    norm="linf",
-    start=None,
-    momentum=0.0,
-    early_stop=False,
+    model, x, y, *, loss, eps: float, step_size: float, steps, norm="linf", start=None, momentum=0.0, early_stop=False
 ) -> Tensor:
     """Projected gradient ascent on loss(logits, y) in the Linf or L2 ball (Madry et al. 2018; HE, Eq. 18 to 20).
 
@@ -555,28 +567,24 @@ def read_file(path: Path) -> dict:
         raise UserError(f"{path}: damaged, or not a dict of tensors and plain data as of model.state_dict()") from None
 
 
-def load_checkpoint(path: str | Path, device: str = "cpu", **options: object) -> tuple[models.Classifier, dict]:
-    """The model in a file or run directory, in eval mode, and all that the file says besides its tensors.
+def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[models.Classifier, dict]:
+    """The model in a run's file or directory, in eval mode, and all that the file says besides tensors, as `meta`.
 
-    A bare state dict of build_model(**options) is read too, as such or as the entry state_dict, model, net or
-    model_state_dict, with or without `module.` in the names; published WideResNets fit wrn-D-W. Raises UserError."""
+    Raises UserError for a damaged file and for one from elsewhere, which eval_all.load_published reads."""
     path = checkpoint_file(path)
     content = read_file(path)
+    if content.get("format") not in FORMATS:
+        raise UserError(f"{path}: not a checkpoint of this project; a state dict needs --arch, --head and --dataset")
     try:
-        if content.get("format") in FORMATS:
-            state, options = content["model"], content["model_options"]
-            tensors = ("model", "optimizer", "begun", "scheduler", "rng")
-            meta = {key: value for key, value in content.items() if key not in tensors}
-        elif options:
-            entries = ("state_dict", "model", "net", "model_state_dict")
-            state, meta = next((content[key] for key in entries if key in content), content), {"model_options": options}
-            state = {key.removeprefix("module."): value for key, value in state.items() if "sub_block1." not in key}
-        else:
-            raise UserError(f"{path}: a bare state dict; say what it is with --arch, --head and --dataset")
+        options = content["model_options"]
+        if unknown := options.keys() - models.DEFAULTS.keys():
+            raise UserError(f"{path}: models.build_model has no option {min(unknown)!r}: written by other code?")
         model = models.build_model(**options)
-        model.load_state_dict(state)
+        model.load_state_dict(content["model"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path}: not the weights of {options.get('arch')} ({str(error)[:200]})") from None
+        raise UserError(f"{path}: not the weights of a model here ({str(error)[:200]})") from None
+    tensors = ("model", "trained", "criterion", "optimizer", "begun", "scheduler", "rng")
+    meta = {key: value for key, value in content.items() if key not in tensors} | {"model_options": model.options}
     return model.to(device, memory_format=torch.channels_last).eval(), meta
 
 
@@ -592,11 +600,15 @@ SCHEDULES = {  # lr / --lr as a function of the fraction of the run that is done
     "late": lambda done: 0.1 ** ((done >= 34 / 64) + (done >= 54 / 64)),  # at 34 k and 54 k of 64 k iterations
     "constant": lambda done: 1.0,
 }
+OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 RESUME_MAY_CHANGE = {"epochs", "iterations", "resume", "out", "data_dir", "workers", "device", "amp", "compile"}
 
 
 def build_model(args: argparse.Namespace, data: Data, **options: object) -> models.Classifier:
-    """models.build_model for this dataset, initialized from --seed."""
+    """models.build_model for this dataset, initialized from --seed. Raises UserError."""
+    if not len(data.train) or data.num_classes < 2:
+        few = f"{len(data.val)} training images of {data.num_classes} class(es)"
+        raise UserError(f"{data.source}: {few} are too few: at least 100 are held out to select best.pt")
     torch.manual_seed(args.seed)
     shape = dict(num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size)
     try:
@@ -610,12 +622,15 @@ class Run:
 
     With `replays` each batch comes that many times in a row (FreeAT); `natural` says that the loss sees no adversarial
     images. args.out receives args.json, log.csv, last.pt and best.pt: the epoch of the best held-out PGD accuracy, in
-    natural training of the best clean accuracy (PGD may measure only gradient masking there). All random numbers of a
-    batch follow from (seed, epoch, batch, rank), so a resumed run ends bit for bit where an uninterrupted one does (on
-    a CPU). SIGTERM and Ctrl-C let the batch finish and save the place in the epoch, with run.carry, the tensors that a
-    script hands on from batch to batch. SIGKILL, or any signal to one of several ranks, costs the epoch."""
+    natural training of the best clean accuracy (PGD may measure only gradient masking there). `criterion`, a loss with
+    parameters, is trained and saved beside the model. A script may set run.optimizer before epochs(); the schedule
+    scales the rate of each of its groups. With --ema the averaged weights are tested, and are the model of checkpoints.
+    All random numbers of a batch follow from (seed, epoch, batch, rank), so a resumed run ends bit for bit where an
+    uninterrupted one does (on a CPU). SIGTERM and Ctrl-C let the batch finish and save the place in the epoch, with
+    run.carry, the tensors that a script hands on from batch to batch. SIGKILL, or any signal to one of several ranks,
+    costs the epoch."""
 
-    def __init__(self, args: argparse.Namespace, model: models.Classifier, data: Data, replays=1, natural=False):
+    def __init__(self, args, model: models.Classifier, data: Data, criterion=None, replays=1, natural=False):
         self.args, self.data, self.out, self.replays, self.natural = args, data, Path(args.out), replays, natural
         self.rank, self.ranks = rank_and_count()
         self.steps_per_epoch = replays * (len(data.train) // args.batch_size)
@@ -627,30 +642,33 @@ class Run:
         elif args.sync_bn and not self.rank:
             print("warning: --sync-bn needs CUDA: each rank normalizes over its own images", file=sys.stderr)
         self.model = model.to(args.device, memory_format=torch.channels_last).train()
-        self.model.amp = args.amp
+        self.criterion = (torch.nn.Module() if criterion is None else criterion).to(args.device).train()
+        self.model.amp, self.evaluated, self.average = args.amp, self.model, None
+        if args.ema:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+            self.evaluated = self.average.module
         if args.compile:
             torch._dynamo.config.recompile_limit = 32  # training, attack and held-out batches of several sizes
             self.model.compile()
-        kind, momentum = (torch.optim.Adam, {}) if args.optimizer == "adam" else (torch.optim.SGD, {"momentum": 0.9})
-        self.optimizer = kind(model.parameters(), args.lr, weight_decay=args.weight_decay, **momentum)
-        self.epoch, self.iteration, self.history, self.signal, self.begun = 0, 0, [], None, {}  # a stopped epoch
+        parameters = [*model.parameters(), *self.criterion.parameters()]
+        self.optimizer = OPTIMIZERS[args.optimizer](parameters, args.lr, weight_decay=args.weight_decay)
+        self.epoch, self.iteration, self.history, self.signal = 0, 0, [], None
+        self.begun, self.saved = {}, {}  # a stopped epoch, and the state of the optimizer, to continue from
         self.selection_metric = itemgetter(*("val_clean", "val_robust") if natural else ("val_robust", "val_clean"))
         if (self.out / "last.pt").exists():
             self._resume(self.out / "last.pt")
         if not self.rank:
             self.out.mkdir(parents=True, exist_ok=True)
             write_file(json.dumps(vars(args), indent=2).encode(), self.out / "args.json")
-        self.augment = data.known in ("cifar10", "cifar100", *FOLDERS) and isinstance(data.x_train, Tensor)
         self.y = data.y_train.to(args.device)
         if isinstance(data.x_train, ImageFiles):
             data.x_train.workers = args.workers
         else:  # small images live on the device as uint8
-            self.x = (F.pad(data.x_train, [4] * 4) if self.augment else data.x_train).to(args.device)
+            self.x = (F.pad(data.x_train, [4] * 4) if args.augment else data.x_train).to(args.device)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.method} on {data.name} ({data.source}); {args.arch}, {size:.2f} M parameters, on {args.device}")
-        print(
-            f"{len(data.train)} training and {len(data.val)} held-out images; eps {args.eps:.4g}; writing to {self.out}"
-        )
+        counts = f"{len(data.train)} training and {len(data.val)} held-out images"
+        print(f"{counts}; eps {args.eps:.4g}; writing to {self.out}")
 
     def _resume(self, last: Path) -> None:
         if not self.args.resume:
@@ -663,14 +681,27 @@ class Run:
             if (key == "epochs" and new < old) or (key not in RESUME_MAY_CHANGE and new != old):
                 flag = "--" + key.replace("_", "-")
                 raise UserError(f"--resume: {flag} was {old}, now {new}; keep it, or choose another --out")
-        if content["model_options"] != self.model.options:  # among them mean and std of the images
-            raise UserError(f"--resume: {self.data.source} holds other data than when {self.out} was begun")
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        old, new = models.DEFAULTS | content["model_options"], models.DEFAULTS | self.model.options
+        for key in old | new:
+            if old.get(key) != new.get(key):
+                why = f" ({self.data.source} holds other images?)" * (key in ("mean", "std"))
+                raise UserError(f"--resume: {key} of the network was {old.get(key)}, now {new.get(key)}{why}")
+        self._load(self.model, content.get("trained", content["model"]))
+        self._load(self.criterion, content.get("criterion", {}))
+        if self.average:
+            self._load(self.evaluated, content["model"])
+            self.average.n_averaged += 1  # or the first step would begin it again
+        self.saved = content["optimizer"]
         self.epoch, self.history, self.begun = content["epoch"], content["history"], content["begun"]
         batches = self.begun.get("batches", 0)
         self.iteration = self.epoch * self.steps_per_epoch + batches * self.replays
         print(f"resumed after epoch {self.epoch} and {batches} batches, of {self.args.epochs} epochs")
+
+    def _load(self, target: torch.nn.Module | torch.optim.Optimizer, state: dict) -> None:
+        try:
+            target.load_state_dict(state)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"--resume: {self.out} is of another {type(target).__name__} ({error})") from None
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.signal:
@@ -690,6 +721,11 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to do, counted from 1."""
+        if self.saved:  # of an optimizer that the script may have set only now
+            for group, saved in zip(self.optimizer.param_groups, self.saved["param_groups"], strict=False):
+                saved["initial_lr"] = group["lr"]
+            self._load(self.optimizer, self.saved)
+            self.saved = {}
         stops = (signal.SIGINT, signal.SIGTERM) if self.ranks == 1 else ()
         usual = {number: signal.signal(number, self._on_signal) for number in stops}
         try:
@@ -716,7 +752,7 @@ class Run:
         self.carry = {key: value.to(device) for key, value in begun.get("carry", {}).items()}
         self.started = time.perf_counter() - begun.get("seconds", 0)
         streamed = isinstance(data.x_train, ImageFiles)
-        images = data.x_train.read(rows[done:], seed) if streamed else None
+        images = data.x_train.read(rows[done:], seed if args.augment else -1) if streamed else None
         rows = rows.to(device)  # all at once: a copy for each batch would wait for the batch before
         bar = dict(desc=f"epoch {self.epoch}", total=len(rows), initial=done, leave=False)
         for batch in tqdm(range(done, len(rows)), **bar, disable=True if self.rank else None):
@@ -725,7 +761,7 @@ class Run:
             if streamed:
                 x = next(images).to(device, non_blocking=True)
             else:
-                x = crop_and_flip(self.x, rows[batch], data.image_size) if self.augment else self.x[rows[batch]]
+                x = crop_and_flip(self.x, rows[batch], padding=4) if args.augment else self.x[rows[batch]]
             for _ in range(self.replays):
                 yield to_float(x), self.y[rows[batch]]
         self._stop_if_signalled(len(rows))
@@ -739,23 +775,28 @@ class Run:
         """Backward, optimizer, schedule; `logits` on the images trained on give the running accuracy."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        all_mean([p.grad for p in self.model.parameters() if p.grad is not None])
-        done = self.iteration / (self.steps_per_epoch * self.args.epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr * SCHEDULES[self.args.schedule](done)
+        groups, done = self.optimizer.param_groups, self.iteration / (self.steps_per_epoch * self.args.epochs)
+        all_mean([p.grad for group in groups for p in group["params"] if p.grad is not None])
+        for group in groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * SCHEDULES[self.args.schedule](done)
         self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.model)
         self.iteration += 1
         loss, correct = loss.detach(), (logits.detach().argmax(1) == y).sum()
         self.totals += torch.stack([loss * len(y), correct, torch.full_like(loss, len(y))])  # no host sync
 
     def _check_finite(self) -> None:
         """Raises UserError if a loss of this epoch, or a weight after its last step, is not finite."""
-        if not all(tensor.isfinite().all() for tensor in (self.totals, *self.model.state_dict().values())):
+        states = self.model.state_dict(), self.criterion.state_dict()
+        if not all(tensor.isfinite().all() for state in ({"": self.totals}, *states) for tensor in state.values()):
             raise UserError(f"loss or gradient not finite in epoch {self.epoch} (not saved): try a smaller --lr")
 
     def finish_epoch(self) -> None:
         """Held-out accuracy, a line, log.csv, best.pt and last.pt. Raises UserError if the loss was not finite."""
-        all_mean([self.totals, *(b for name, b in self.model.named_buffers() if "running" in name)])  # of batch norm
+        buffers = [*self.model.named_buffers(), *self.evaluated.named_buffers()]
+        batch_norm = [buffer for name, buffer in buffers if "running" in name]
+        all_mean([self.totals, *batch_norm, *self.criterion.buffers()])
         self._check_finite()
         loss, correct, count = (self.totals * self.ranks).tolist()
         seconds = time.perf_counter() - self.started
@@ -776,25 +817,28 @@ class Run:
 
     def _held_out(self) -> tuple[float, float]:
         """Clean and PGD accuracy in %, in float32 (TF32 on CUDA), on the held-out images, with the training eps."""
-        args, data, correct = self.args, self.data, torch.zeros(2, device=self.args.device)
+        args, data, model, correct = self.args, self.data, self.evaluated, torch.zeros(2, device=self.args.device)
         step_size = min(args.step_size, 2.5 * args.eps / args.steps)  # one-step methods train with a longer one
         rows = data.val[self.rank :: self.ranks].split(args.batch_size // self.ranks)
         images = data.x_train.read(rows) if isinstance(data.x_train, ImageFiles) else (data.x_train[r] for r in rows)
         torch.manual_seed(derive_seed(args.seed, 0, 0, self.rank))
-        self.model.amp = False  # in bfloat16 a saturated activation has no gradient, and the attack is weaker
+        model.amp = False  # in bfloat16 a saturated activation has no gradient, and the attack is weaker
         for batch, x in zip(rows, images, strict=True):
             x, y = to_float(x.to(args.device)), data.y_train[batch].to(args.device)
             attack = dict(eps=args.eps, step_size=step_size, steps=args.steps)
-            x_adv = pgd(self.model, x, y, loss=lambda z, y: margin_ce(z, y, self.model.scale), **attack)
-            with frozen_eval(self.model), torch.no_grad():
-                clean, robust = (self.model(images).argmax(1) == y for images in (x, x_adv))
+            x_adv = pgd(model, x, y, loss=lambda z, y: margin_ce(z, y, model.scale), **attack)
+            with frozen_eval(model), torch.no_grad():
+                clean, robust = (model(images).argmax(1) == y for images in (x, x_adv))
             correct += torch.stack([clean.sum(), (clean & robust).sum()])
-        self.model.amp = args.amp
+        model.amp = args.amp
         all_mean([correct])
         return tuple((100 * correct * self.ranks / len(data.val)).tolist())
 
     def _checkpoint(self) -> dict:
-        facts = {"model_options": self.model.options, "method": self.args.method, "args": vars(self.args)}
+        options = {key: value for key, value in self.model.options.items() if value != models.DEFAULTS.get(key)}
+        facts = {"model_options": options, "method": self.args.method, "args": vars(self.args)}
         facts |= {"epoch": self.epoch, "history": self.history, "hardware": hardware(self.args.device)}
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "begun": {}}
+        state = {"model": self.evaluated.state_dict(), "criterion": self.criterion.state_dict()}
+        state |= {"trained": self.model.state_dict()} if self.average else {}
+        state |= {"optimizer": self.optimizer.state_dict(), "begun": {}}
         return {"format": FORMATS[-1], "torch": str(torch.__version__)} | facts | state

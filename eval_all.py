@@ -582,8 +582,8 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> dict:
-    """One attack on a batch and the verdicts: `prediction` (B,), `correct` (B,) within the ball, `distance` (B,) to the
-    misclassified image (inf: none); also `queries`, `nonfinite` images and `seconds`."""
+    """One attack on a batch: `x_adv` (B, C, H, W) and the verdicts: `prediction` (B,), `correct` (B,) within the ball,
+    `distance` (B,) to the misclassified image (inf: none); also `queries`, `nonfinite` images and `seconds`."""
     (norm, eps), start = settings.ball(attack), time.perf_counter()
     observed = Observed(model, settings.amp and attack.bfloat16).eval()
     try:
@@ -603,6 +603,7 @@ def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tens
     prediction = predict(model, x_adv)
     distance = torch.where(prediction == y, math.inf, distance)
     verdicts = {
+        "x_adv": x_adv.cpu(),
         "prediction": prediction.cpu(),
         "correct": ((prediction == y) | ~inside).cpu(),
         "distance": distance.cpu(),
@@ -611,14 +612,15 @@ def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tens
     return verdicts | {"queries": observed.queries, "nonfinite": nonfinite, "seconds": time.perf_counter() - start}
 
 
-def run_attack(name: str, attack: Attack, model, x: Tensor, y, correct, settings: Settings, parts: Path) -> dict:
-    """attack_batch's verdicts on all N images. Attacked are those `correct` clean (N,), in a restart those that still
-    are, in shuffled batches, so that each has all classes, which the ranks share. The random numbers of a batch follow
-    from the seed, the attack's name and the batch's number."""
+def run_attack(name, attack: Attack, model, x: Tensor, y, correct, settings: Settings, parts: Path, keep=False) -> dict:
+    """attack_batch's verdicts on all N images, with `keep` also its x_adv. Attacked are those `correct` clean (N,), in
+    a restart those that still are, in shuffled batches, so that each has all classes, which the ranks share. The random
+    numbers of a batch follow from the seed, the attack's name and the batch's number."""
     rank, count = common.rank_and_count()
     result = {"correct": correct.clone(), "prediction": y.cpu().clone(), "distance": torch.full(y.shape, math.inf)}
     result |= dict.fromkeys(("queries", "nonfinite", "seconds"), 0)
-    stem = re.sub(r"[^\w@.-]+", "_", name)[:80] + f"-{fingerprint(name, attack.identity())}"
+    result |= {"x_adv": common.images_at(x, torch.arange(len(y)), "cpu")} if keep else {}
+    stem = file_stem(name) + f"-{fingerprint(name, attack.identity())}" + "-x_adv" * keep
     for restart in range(settings.restarts if attack.random_start else 1):
         remaining = result["correct"].nonzero().flatten()
         order = torch.randperm(len(remaining), generator=torch.Generator().manual_seed(settings.seed))
@@ -630,7 +632,7 @@ def run_attack(name: str, attack: Attack, model, x: Tensor, y, correct, settings
                 torch.manual_seed(int(fingerprint(settings.seed, name, restart, i), 16))
                 images, labels = common.images_at(x, rows, y.device), y[rows.to(y.device)]
                 outcome = attack_batch(name, attack, model, images, labels, settings)
-                common.save(outcome, files[i])
+                common.save({key: outcome[key] for key in outcome if keep or key != "x_adv"}, files[i])
                 robust -= int((~outcome["correct"]).sum())
             bar.update(len(rows))
             bar.set_postfix_str(f"{robust} robust", refresh=False)
@@ -640,9 +642,16 @@ def run_attack(name: str, attack: Attack, model, x: Tensor, y, correct, settings
             outcome = common.read_file(file)
             result["correct"][rows], result["prediction"][rows] = outcome["correct"], outcome["prediction"]
             result["distance"][rows] = result["distance"][rows].minimum(outcome["distance"])
+            if keep:
+                result["x_adv"][rows] = outcome["x_adv"]
             for total in ("queries", "nonfinite", "seconds"):
                 result[total] += outcome[total]
     return result
+
+
+def file_stem(name: str) -> str:
+    """An attack's name as part of a file's name."""
+    return re.sub(r"[^\w@.-]+", "_", name)[:80]
 
 
 def fingerprint(*items: object) -> str:
@@ -690,16 +699,19 @@ def add_result(result: dict, name: str, attack: Attack, outcome: dict, attacked:
     rows.pop("worst case", None)
     same = [verdicts[other] for other, row in rows.items() if row["norm"] == settings.norm]
     rows["worst case"] = accuracy(np.all(same, 0))
-    print(f"  {name:<24} {row['accuracy']:6.2f} % {row['seconds']:9.1f} s", flush=True)
+    print(f"{row['accuracy']:8.2f} % {row['seconds']:9.1f} s  {name}", flush=True)
 
 
-def evaluate(model, x, y, attacks="quick", *, audit=False, folder=None, index=None, about=None, **options) -> dict:
+def evaluate(
+    model, x, y, attacks="quick", *, audit=False, folder=None, index=None, about=None, save_adversarial=False, **options
+) -> dict:
     """Run attacks on a model, any nn.Module from images in [0, 1] to logits (B, K), on the device of y (N,).
 
     x is (N, C, H, W), uint8 or float in [0, 1]; `attacks` as in --attacks or {name: Attack}; the options are those of
     Settings. Returns settings, `about`, `attacks` {name: row} with accuracies in %, their 95 % intervals and the worst
     case over all attacks in the ball, `verdicts` {name: (N,) bool} and `audit`. `folder` receives all of it, with
-    `index`, the images' numbers in their test set. A second call goes on where an interrupted one stopped, and adds."""
+    `index`, the images' numbers in their test set, and with save_adversarial a file of x_adv for each attack. A second
+    call goes on where an interrupted one stopped, and adds."""
     settings, image = Settings(**options), common.images_at(x, torch.arange(1), y.device)
     if settings.norm == "linf" and settings.eps > 1:
         raise common.UserError(f"eps {settings.eps:g} on images in [0, 1]: give it in pixel units, such as 8/255")
@@ -723,10 +735,14 @@ def evaluate(model, x, y, attacks="quick", *, audit=False, folder=None, index=No
     result |= asdict(settings) | (about or {}) | {"weights": weights}
     with common.frozen_eval(model):
         for name, attack in {"clean": ATTACKS["clean"], **attacks}.items():
-            if result["attacks"].get(name, {}).get("identity") != attack.identity():  # not done yet
+            images, keep = own / f"x_adv-{file_stem(name)}.npz", save_adversarial and name != "clean"
+            known = result["attacks"].get(name, {}).get("identity") == attack.identity()
+            if not known or (keep and not images.exists()):
                 correct = torch.from_numpy(result["verdicts"].get("clean", np.ones(len(y), dtype=bool)))
-                outcome = run_attack(name, attack, model, x, y, correct, settings, own)
+                outcome = run_attack(name, attack, model, x, y, correct, settings, own, keep)
                 add_result(result, name, attack, outcome, int(correct.sum()), settings)
+                if keep:
+                    write_arrays(images, x_test=outcome["x_adv"], y_test=y.cpu(), index=index)
                 write_results(result, own)
         if audit and "audit" not in result:
             result["audit"] = [check._asdict() for check in run_audit(model, x, y, settings, own)]
@@ -850,30 +866,77 @@ def user_model(text: str) -> nn.Module:
     return model
 
 
-def state_dict_options(args: argparse.Namespace) -> dict:
-    """build_model's arguments for a bare state dict, from the flags; {} if they do not say enough."""
-    if not (args.arch and args.dataset):
-        return {}
+PUBLISHED = (  # names in the files of MART, FastAT and others, and here: tried in this order until one is known
+    (r"^((module|model|_orig_mod)\.)+", ""),
+    (r"^linear\.", "fc."),
+    (r"^layer(\d)\.", lambda match: f"layers.{int(match[1]) - 1}."),  # resnet18
+    (r"^bn\.", "bn1."),
+    (r"^layers\.(\d)\.", lambda match: f"block{int(match[1]) + 1}.layer."),  # preactresnet18
+    (r"shortcut\.0\.", "convShortcut."),
+)
+
+
+def load_published(path: str | Path, device: str = "cpu", **options: object) -> tuple[models.Classifier, dict]:
+    """The model of a bare state dict, in eval mode; options as in models.build_model, num_classes by default as in it.
+
+    The weights may be the entry state_dict, model, net or model_state_dict, under our names or PUBLISHED ones. What no
+    layer uses is named on stderr. Reads checkpoints of this project too. Raises common.UserError if they do not fit."""
+    content = common.read_file(Path(path))
+    if content.get("format") in common.FORMATS:
+        return common.load_checkpoint(path, device)
+    entries = ("state_dict", "model", "net", "model_state_dict")
+    state, renamed = next((content[key] for key in entries if key in content), content), {}
+    try:
+        classes = (len(value) for name, value in state.items() if re.search(r"\b(fc|linear)\.weight$", name))
+        model = models.build_model(**{"num_classes": next(classes, 0)} | options)
+        names, layers = model.state_dict().keys(), {name for name, _ in model.named_children()} - {"normalize"}
+        for name, value in state.items():
+            for published, ours in PUBLISHED:
+                name = name if name in names else re.sub(published, ours, name)
+            renamed[name] = value
+        missing, unused = model.load_state_dict(renamed, strict=False)
+        wrong = [name for name in missing if not name.endswith("num_batches_tracked")]
+        wrong += [name for name in unused if name.partition(".")[0] in layers]
+        if wrong:
+            raise ValueError(f"missing or unexpected: {', '.join(wrong)}")
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise common.UserError(f"{path}: not the weights of {options.get('arch')} ({str(error)[:200]})") from None
+    if unused:
+        advice = "if these are mean and std of the images, give --normalize"
+        print(f"warning: {path}: not used: {', '.join(unused)[:200]} ({advice})", file=sys.stderr)
+    return model.to(device, memory_format=torch.channels_last).eval(), {"model_options": model.options}
+
+
+def published_options(args: argparse.Namespace) -> dict:
+    """build_model's arguments for a bare state dict, from the flags."""
+    if not args.dataset:
+        raise common.UserError("--arch is for a bare state dict, which also needs --dataset")
     data = common.load_data(args.dataset, args.data_dir or "data")
-    options = {"num_classes": data.num_classes, "in_channels": data.in_channels, "image_size": data.image_size}
     scale, margin = {"linear": (1.0, 0.0), "he": (15.0, 0.2), "mhe": (15.0, 0.1)}[args.head]
+    options = {"arch": args.arch, "head": args.head, "in_channels": data.in_channels, "image_size": data.image_size}
     for name, default in (("scale", scale), ("margin", margin)):
         options[name] = default if getattr(args, name) is None else getattr(args, name)
     published_he = data.known == "cifar10" and args.head != "linear"  # they normalize in the network
     if args.normalize or (published_he and args.normalize is None):
         options |= {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2471, 0.2435, 0.2616]}
-    return options | {"arch": args.arch, "head": args.head}
+    if args.head != "linear" and args.scale is None:
+        print(
+            f"--head {args.head}: scale {scale:g} is assumed (the HE authors' README trains PGD + HE with --scale 10)"
+        )
+    return options
 
 
 def load_models(texts: list[str], args: argparse.Namespace) -> list[Model]:
     """Run folders, checkpoints, bare state dicts (with --arch) and FILE.py:FUNCTION, in eval mode on the device."""
-    found = []
+    found, load = [], common.load_checkpoint
+    if texts and args.arch:
+        load = partial(load_published, **published_options(args))
     for text in texts:
         if re.search(r"\.py(:|$)", text):
             name, net, meta = Path(text.replace(".py:", "-")).name, user_model(text), {"checkpoint": text}
         else:
             file = common.checkpoint_file(text)
-            net, meta = common.load_checkpoint(file, args.device, **state_dict_options(args))
+            net, meta = load(file, args.device)
             folder, meta["checkpoint"] = file.resolve().parent.name, str(file)
             name = {"best.pt": folder, "last.pt": f"{folder}-last"}.get(file.name, file.stem)
         if name in [model.name for model in found]:
@@ -890,6 +953,7 @@ def check_fit(model: Model, data: common.Data, device: str) -> None:
             raise common.UserError(f"{model.name} was built for {key} {built[key]}, but {data.name} has {value}")
     logits = model.net(common.images_at(data.x_test, torch.arange(1), device))
     got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    got += " (return its .logits)" if hasattr(logits, "logits") else ""
     if not got.startswith("torch.float32 (1, ") or logits.ndim != 2 or logits.shape[1] < data.num_classes:
         raise common.UserError(f"{model.name} returned {got} for an image, not float32 logits (1, {data.num_classes})")
 
@@ -903,17 +967,32 @@ def disable_tf32() -> None:
 # ---------------------------------------------------------------------------------------------------------- output
 
 
+def write_arrays(path: Path, **arrays: np.ndarray | Tensor) -> None:
+    """An .npz, by the first rank."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    if not common.rank_and_count()[0]:
+        common.write_file(content.getbuffer(), path)
+
+
+def csv_text(rows: list[dict]) -> bytes:
+    """A line of keys and a line for each row, numbers with six significant digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*rows[0]])
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    return text.getvalue().encode()
+
+
 def write_results(result: dict, *folders: Path) -> None:
     """verdicts.npz (per image), eval.csv (a row per attack) and eval.json (everything else), by the first rank."""
-    arrays, table = io.BytesIO(), io.StringIO()
-    np.savez_compressed(arrays, **result["verdicts"])
-    writer = csv.DictWriter(table, ["attack", *result["attacks"]["clean"]])
-    writer.writeheader()
-    writer.writerows({"attack": name, **row} for name, row in result["attacks"].items())
+    columns = {"attack": None} | dict.fromkeys(result["attacks"]["clean"])
+    table = csv_text([columns | {"attack": name} | row for name, row in result["attacks"].items()])
     text = json.dumps({key: value for key, value in result.items() if key != "verdicts"}, indent=2)
     for folder in () if common.rank_and_count()[0] else folders:
-        common.write_file(arrays.getvalue(), folder / "verdicts.npz")
-        common.write_file(table.getvalue().encode(), folder / "eval.csv")
+        write_arrays(folder / "verdicts.npz", **result["verdicts"])
+        common.write_file(table, folder / "eval.csv")
         common.write_file(text.encode(), folder / "eval.json")  # last: it says that the others are there
 
 
@@ -922,16 +1001,54 @@ def print_table(results: list[dict]) -> None:
     first, column = results[0], max(23, *(len(result["model"]) for result in results))
     n, ball = first["attacks"]["clean"]["n"], f"{first['norm'].capitalize()} eps {first['eps']:.4g}"
     print(f"\n{first['dataset']}, n = {n} test images, {ball}: accuracy in %, in brackets its 95 % interval")
-    print("worst case: correct under every attack in this ball, image by image\n")
+    print("worst case: correct under every attack in this ball, image by image; queries: forward passes\n")
     heads, costs = [result["model"] for result in results], "   queries/image  seconds" * (len(results) == 1)
-    print(f"{'attack':<24}" + "".join(f"  {head:>{column}}" for head in heads) + costs)
-    for name in [*dict.fromkeys(name for result in results for name in [*result["attacks"]][:-1]), "worst case"]:
+    names = [*dict.fromkeys(name for result in results for name in [*result["attacks"]][:-1]), "worst case"]
+    width = max(24, *map(len, names))
+    print(f"{'attack':<{width}}" + "".join(f"  {head:>{column}}" for head in heads) + costs)
+    for name in names:
         rows = [result["attacks"].get(name) for result in results]
         cells = [f"{row['accuracy']:.2f} ({row['low']:.2f} - {row['high']:.2f})" if row else "" for row in rows]
-        line = f"{name:<24}" + "".join(f"  {cell:>{column}}" for cell in cells)
+        line = f"{name:<{width}}" + "".join(f"  {cell:>{column}}" for cell in cells)
         if costs and name != "worst case":
             line += f"{rows[0]['queries']:>16.0f}{rows[0]['seconds']:>9.1f}"
         print("  ".join([line, *dict.fromkeys(row.get("remark", "") for row in rows if row)]).rstrip())
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray) -> dict:
+    """Accuracy of b minus that of a, both (N,) bool on the same images, in points, with the 95 % interval of Agresti &
+    Min 2005 (Wald's, with half an image more in both discordant cells) and p of McNemar's exact two-sided test."""
+    gained, lost, n = int((b & ~a).sum()), int((a & ~b).sum()), len(a)
+    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    spread = 1.96 * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2))
+    low, high = (100 * (gained - lost + side * spread) / (n + 2) for side in (-1, 1))
+    return {"difference": 100 * (gained - lost) / n, "low": low, "high": high, "p": p}
+
+
+def compare_models(results: list[dict]) -> list[dict]:
+    """Each model minus the first one: a paired difference for every attack that both faced, and for the worst case over
+    those in the ball."""
+    first, rows = results[0], []
+    for other in results[1:]:
+        shared = [name for name in first["attacks"] if name in other["attacks"] and name != "worst case"]
+        sides = []
+        for result in (first, other):
+            verdicts = {name: result["verdicts"][name] for name in shared}
+            inside = [verdicts[name] for name in shared if result["attacks"][name]["norm"] == result["norm"]]
+            sides.append(verdicts | {"worst case": np.all(inside, 0)})
+        for name in sides[0]:
+            about = {"model": other["model"], "minus": first["model"], "attack": name, "n": len(sides[0][name])}
+            rows.append(about | paired_difference(sides[0][name], sides[1][name]))
+    return rows
+
+
+def print_comparison(rows: list[dict]) -> None:
+    width = max(len(row["attack"]) for row in rows)
+    for row in rows:
+        if row["attack"] == "clean":
+            print(f"\n{row['model']} minus {row['minus']}, the same images: points (95 % interval), McNemar's exact p")
+        print("{attack:<{width}}  {difference:+7.2f} ({low:+.2f} to {high:+.2f})  p {p:.2g}".format(width=width, **row))
+    print("worst case: over the attacks that both models faced; p is of one comparison, without correction for many")
 
 
 def print_audit(result: dict) -> None:
@@ -965,7 +1082,7 @@ def shared_parser(doc: str) -> common.Parser:
     flag("--out", help="(default: a folder beside the checkpoint; for several models, here)")
     flag("--arch", help="such as wrn-34-10; this and what follows is for a bare state dict")
     flag("--head", default="linear", choices=("linear", "he", "mhe"), help="(default: linear)")
-    flag("--scale", type=number(float, 0), help="s of the training loss (default: 15, for linear 1)")
+    flag("--scale", type=number(float, 0), help="s of the training loss, of HE's README 10 (default: 15, linear 1)")
     flag("--margin", type=number(float, 0), help="m of the training loss (default: he 0.2, mhe 0.1, linear 0)")
     flag("--normalize", action=on_off, help="CIFAR-10's mean and std in the network (default: on for he and mhe)")
     return parser
@@ -983,6 +1100,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     flag("--step-size", type=number(float, 1e-6), help="in pixel units (default: the papers', or 2.5 eps / N)")
     flag("--restarts", type=number(int, 1), default=1, help="of attacks with a random start (default: 1)")
+    flag("--save-adversarial", action="store_true", help="keep the attacked images of each attack, as .npz")
     flag("--amp", action="store_true", help="craft in bfloat16, perhaps weaker; verdicts stay in float32")
     args = parser.parse_args(argv)
     if args.audit is None:
@@ -1031,7 +1149,7 @@ def main(argv: list[str] | None = None) -> None:
     x = data.x_test[index] if isinstance(data.x_test, Tensor) else torch.cat(list(data.x_test.read(index.split(16))))
     y, out, results = data.y_test[index].to(args.device), output_folder(args, found, "eval"), []
     options = {key: vars(args)[key] for key in ("eps", "norm", "step_size", "restarts", "batch_size", "seed", "amp")}
-    options |= {"dataset": data.known, "index": index, "audit": args.audit}
+    options |= {"dataset": data.known, "index": index, "audit": args.audit, "save_adversarial": args.save_adversarial}
     settings, image = Settings(norm=args.norm, dataset=data.known), common.images_at(x, torch.arange(1), args.device)
     attacks = select_attacks(args.attacks, found, settings, image) | transfer_attacks(sources)
     for model in found:
@@ -1039,6 +1157,11 @@ def main(argv: list[str] | None = None) -> None:
         folder, about = out / model.name if len(found) > 1 else out, describe(model, data, args)
         results.append(evaluate(model.net, x, y, attacks, folder=folder, about=about, **options))
     print_table(results)
+    if len(results) > 1:
+        comparison = compare_models(results)
+        print_comparison(comparison)
+        if not common.rank_and_count()[0]:
+            common.write_file(csv_text(comparison), out / "paired.csv")
     for result in results:
         print_audit(result)
     print(f"\nwritten to {out}")

@@ -9,6 +9,7 @@ is minus half the squared distance to fixed centers (MMC, Pang et al. 2020); `sp
 |a| * g(W_k, z) (D-SphereNet, 2018, Eq. 4 and 6). Scale and margin belong to the loss.
 """
 
+import inspect
 import math
 import re
 from collections import OrderedDict
@@ -26,6 +27,7 @@ ARCHS = (
     "ImageNet torchvision's resnet50, resnet152, wide_resnet50_2, wide_resnet101_2"
 )
 IMAGENET_ARCHS = ("resnet50", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
+SQUARE_ARCHS = ("small_cnn", "dsphere_mnist", "dsphere_cifar", "alexnet", *IMAGENET_ARCHS)
 WRN = re.compile(r"wrn-(\d{1,3})-(\d{1,2})")
 
 
@@ -415,6 +417,8 @@ class ImageNetResNet(Classifier):
 
 def make_backbone(arch: str, in_channels: int, image_size: int, correlation: str, manifold: str) -> Classifier:
     """The backbone called `arch`, without its head. Raises ValueError for an unknown name or an illegal size."""
+    if arch in SQUARE_ARCHS and not isinstance(image_size, int):
+        raise ValueError(f"arch {arch} needs square images, not {image_size}")
     if arch == "small_cnn":
         return SmallCNN(in_channels, image_size)
     if arch == "dsphere_mnist":
@@ -475,7 +479,7 @@ def build_model(
     mean: list[float] | None = None,
     std: list[float] | None = None,
 ) -> Classifier:
-    """A fresh model on square images of `image_size` pixels; `build_model(**model.options)` builds the same again.
+    """A fresh model on images of `image_size` pixels, or (H, W); `build_model(**model.options)` builds the same again.
 
     scale (s) and margin (m) are those of the training loss: they change no logit here, and tell an attack what the
     model was trained with. fn and wn normalize features and weights under head he. activation is the last one before z,
@@ -510,3 +514,7 @@ def build_model(
     model.fc = make_head(head, model.feature_dim, num_classes, options)
     model.scale, model.margin, model.options = scale, margin, options
     return model
+
+
+# A file leaves out the options that have these values: a released default never changes.
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(build_model).parameters.items()}
