@@ -665,7 +665,7 @@ def fingerprint(*items: object) -> str:
 
 def code_of(model: nn.Module) -> list[str]:
     """What our modules and the user's files for the model hold: other code may give other verdicts."""
-    own = getattr(sys.modules[type(model).__module__], "__file__", None), *getattr(model, "source_files", ())
+    own = getattr(sys.modules.get(type(model).__module__), "__file__", None), *getattr(model, "source_files", ())
     return [Path(file).read_text() for file in sorted({common.__file__, models.__file__, __file__, *filter(None, own)})]
 
 

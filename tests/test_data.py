@@ -50,7 +50,7 @@ def test_a_file_in_the_data_dir_comes_first_and_takes_the_defaults_of_the_name_i
     make_npz("cifar100_small", shape=(8, 8, 3))
     assert len(common.load_data("digits", str(tmp_path)).y_test) == 20
     data = common.load_data("cifar100_small", str(tmp_path))
-    assert (data.name, data.known, data.num_classes) == ("cifar100_small", "cifar100", 100)
+    assert (data.name, data.known, data.num_classes) == ("cifar100_small", "cifar100", 10)  # those of the labels
     names = ["x/cifar10_jpeg.npz", "cifar100-mine.npz", "mnist.npz", "toy.npz", "my_cifar10.npz"]
     assert [common.known_dataset(name) for name in names] == ["cifar10", "cifar100", "mnist", None, None]
 
@@ -68,12 +68,16 @@ def test_torchvisions_own_files_are_read(tmp_path):
 
 BROKEN = {
     "y_test is not a file": dict(y_test=None),
-    "images float64": dict(x_train=np.zeros((140, 8, 8))),
+    "x_train is float64": dict(x_train=np.full((140, 8, 8), 255.0)),
+    "x_test is float32": dict(x_test=np.full((20, 8, 8), np.nan, np.float32)),
+    "x_train is int64": dict(x_train=np.zeros((140, 8, 8), int)),
     "labels float64": dict(y_train=np.zeros(140)),
     "labels int64 (139,)": dict(y_train=np.zeros(139, int)),
-    "images uint8 (0, 8, 8)": dict(x_test=np.zeros((0, 8, 8), np.uint8), y_test=np.zeros(0, int)),
-    "images uint8 (140, 8, 9)": dict(x_train=np.zeros((140, 8, 9), np.uint8)),
-    "images uint8 (20, 9, 9)": dict(x_test=np.zeros((20, 9, 9), np.uint8)),
+    "x_test has shape (0, 8, 8)": dict(x_test=np.zeros((0, 8, 8), np.uint8), y_test=np.zeros(0, int)),
+    "x_train has shape (140, 64)": dict(x_train=np.zeros((140, 64), np.uint8)),
+    "x_test has shape (20, 8, 8, 4)": dict(x_test=np.zeros((20, 8, 8, 4), np.uint8)),
+    "training images (1, 8, 9), test images (1, 8, 8)": dict(x_train=np.zeros((140, 8, 9), np.uint8)),
+    "x_train is not a file": dict(x_train=None),
     "one integer from 0": dict(y_test=np.full(20, -1)),
     "allow_pickle=False": dict(y_test=np.array([{"a": 1}] * 20, dtype=object)),
 }
@@ -91,8 +95,9 @@ def test_what_cannot_be_read_is_refused(make_npz, refused, monkeypatch):
     assert "not an .npz of x_train" in refused("train_pgd_he", "--dataset", path)
     assert "missing.npz" in refused("train_pgd_he", "--dataset", "missing.npz")
     assert "unknown dataset 'nope'" in refused("train_pgd_he", "--dataset", "nope")
-    assert "labels up to 10" in refused("train_pgd_he", "--dataset", make_npz("mnist_11", y_train=np.arange(140) % 11))
-    assert "too few" in refused("train_pgd_he", "--limit", "90")
+    assert "90 training images of 10 class(es) are too few" in refused("train_pgd_he", "--limit", "90")
+    one_class = make_npz("one", y_train=np.zeros(140, int), y_test=np.zeros(20, int))
+    assert "of 1 class(es) are too few" in refused("train_pgd_he", "--dataset", one_class)
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no route to host")))
     line = refused("train_pgd_he", "--dataset", "cifar10")
     assert "no route to host" in line and "put data/cifar10.npz there" in line
@@ -105,9 +110,40 @@ def test_crop_and_flip_is_one_of_the_162_views_of_each_image():
     for row, top, left, flip in itertools.product((0, 3, 4), range(9), range(9), (False, True)):
         view = padded[row, :, top : top + 8, left : left + 8].flip(2 if flip else ())
         views[row, view.numpy().tobytes()] = top, left, flip
-    images = common.crop_and_flip(padded, rows, 8)
+    images = common.crop_and_flip(padded, rows, padding=4)
     seen = {views[row, image.numpy().tobytes()] for row, image in zip(rows.tolist(), images, strict=True)}
     assert len(seen) > 150
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (8, 12, 3), (3, 8, 12)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_floats_in_any_layout_and_size_and_test_images_alone(make_npz, shape, dtype):
+    x, (height, width) = np.random.default_rng(0).random((20, *shape)).astype(dtype), (8, 12)
+    data = common.load_data(str(make_npz(x_test=x, x_train=None, y_train=None)))
+    first = shape[0] == 3
+    expected = x if first else x.reshape(20, height, width, -1).transpose(0, 3, 1, 2)
+    images = common.images_at(data.x_test, torch.arange(20), "cpu")
+    assert images.dtype == torch.float32 and np.array_equal(images.numpy(), expected.astype(np.float32))
+    assert (data.in_channels, data.image_size, len(data.train), data.num_classes) == (len(images[0]), (8, 12), 0, 10)
+    train = np.random.default_rng(1).random((140, *shape)).astype(dtype)
+    data = common.load_data(str(make_npz(x_test=x, x_train=train)))
+    pixels = (train if first else train.reshape(140, height, width, -1).transpose(0, 3, 1, 2))[data.train]
+    assert data.statistics()["mean"] == pytest.approx(pixels.astype(float).mean((0, 2, 3)).tolist(), rel=1e-5)
+
+
+def test_float_and_rectangular_images_train_where_the_network_allows_it(cli, refused, make_npz, tmp_path):
+    """As the same images in uint8 do: bit for bit."""
+    x = np.random.default_rng(0).integers(0, 256, (140, 8, 12), dtype=np.uint8)
+    flags, weights = "--batch-size 20 --steps 1 --epochs 1 --augment --arch".split(), []
+    for name, train in (("bytes", x), ("floats", (x / np.float32(255)).astype(np.float32))):
+        path = make_npz(name, x_train=train, x_test=x[:20])
+        assert cli("train_pgd_he", "--dataset", path, *flags, "wrn-10-1", "--out", tmp_path / name)[0] == 0
+        weights.append(common.load_checkpoint(tmp_path / name)[0].fc.weight)
+    torch.testing.assert_close(*weights)
+    assert "small_cnn needs square images, not (8, 12)" in refused(
+        "train_pgd_he", "--dataset", path, *flags, "small_cnn"
+    )
+    assert cli("eval_all", tmp_path / "bytes", "--attacks", "fgsm")[0] == 0
 
 
 # Images in files: three classes, each of one color.

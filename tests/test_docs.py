@@ -2,12 +2,15 @@
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import common
 import eval_all
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,6 +35,30 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
     for block in blocks(ROOT / f"docs/{name}.md", "python"):
         exec(block, namespace)
     assert namespace["result"]["attacks"]["worst case"]["n"] == 20
+
+
+def test_the_center_loss_of_adapt_md_is_a_change_of_one_file_that_trains_resumes_and_is_evaluated(cli, tmp_path):
+    (diff,) = blocks(ROOT / "docs/adapt.md", "diff")
+    (tmp_path / "train_pgd_center.py").write_text((ROOT / "train_pgd_he.py").read_text())
+    subprocess.run(["git", "apply", "-p0", "-"], cwd=tmp_path, input=diff, text=True, check=True)
+    sys.path.insert(0, str(tmp_path))
+    flags = "--limit 164 --batch-size 32 --steps 1 --schedule constant --epochs".split()
+    try:
+        for out, *more in (("whole", "2"), ("part", "1"), ("part", "2", "--resume")):
+            code, _, err = cli("train_pgd_center", *flags, *more, "--out", tmp_path / out)
+            assert code == 0, err
+    finally:
+        sys.path.remove(str(tmp_path))
+    whole, part = (common.read_file(tmp_path / out / "last.pt") for out in ("whole", "part"))
+    assert all(torch.equal(whole["model"][key], part["model"][key]) for key in whole["model"])
+    assert torch.equal(whole["criterion"]["centers"], part["criterion"]["centers"])
+    assert (whole["method"], whole["args"]["smoothing"], whole["criterion"]["centers"].shape) == (
+        "pgd_center_he",
+        0.1,
+        (10, 200),
+    )
+    code, _, err = cli("eval_all", tmp_path / "whole", "--attacks", "fgsm", "--num-images", "10")
+    assert code == 0, err
 
 
 class Parsed(Exception):

@@ -1,5 +1,6 @@
 """The evaluator: what counts as robust, what is caught, what is kept, and the command line."""
 
+import csv
 import importlib
 import json
 import math
@@ -295,6 +296,66 @@ def test_several_models_give_one_table_also_with_different_attacks(cli, tmp_path
     assert correct["worst case"] <= min(correct.values())
 
 
+@pytest.mark.parametrize("b, c, n, p", [(12, 2, 50, 0.0129), (0, 0, 20, 1.0), (1, 7, 8, 0.0703)])
+def test_a_paired_difference_is_that_of_agresti_and_min(b, c, n, p):
+    """b images are correct under the first model only, c under the second only; p is a sum of binomial terms."""
+    first, second = (np.arange(n) < b), (np.arange(n) >= n - c)
+    row = eval_all.paired_difference(first, second)
+    assert row["difference"] == 100 * (c - b) / n and row["p"] == pytest.approx(p, abs=1e-4)
+    b, c, total = b + 0.5, c + 0.5, n + 2
+    spread = 1.959964 * math.sqrt(b + c - (c - b) ** 2 / total) / total
+    assert (row["low"], row["high"]) == pytest.approx([100 * ((c - b) / total + s * spread) for s in (-1, 1)], abs=1e-3)
+
+
+def test_several_models_are_compared_image_by_image_on_the_attacks_that_both_faced(cli, tmp_path, pixels):
+    """The worst case too; names of any length keep the columns straight."""
+    he, linear, out = GOLDEN / "he.pt", GOLDEN / "linear.pt", tmp_path / "out"
+    name = "linear-" + 30 * "x"
+    (tmp_path / f"{name}.pt").write_bytes(linear.read_bytes())
+    flags = [he, tmp_path / f"{name}.pt", "--num-images", "60", "--out", out, "--source", tmp_path / f"{name}.pt"]
+    code, text, err = cli("eval_all", *flags, "--attacks", "pgd-5,fgsm-l2")
+    assert code == 0, err
+    rows = {row["attack"]: row for row in csv.DictReader(open(out / "paired.csv"))}
+    (first, _), (second, _) = (figures(out / "he"), figures(out / name))
+    assert rows.keys() == first.keys() and "fgsm-l2" in rows and f"mim-20 from {name}" in rows
+    for attack, row in rows.items():
+        assert (row["model"], row["minus"], row["n"]) == (name, "he", "60")
+        assert float(row["difference"]) == pytest.approx(100 * (second[attack] - first[attack]) / 60, abs=1e-3), attack
+    table = text.partition("attack  ")[2].partition("\n\n")[0].splitlines()
+    assert len({line.index(")") for line in table[1:]}) == 1 and f"{name} minus he, the same images" in text
+    a, b = (evaluate(Threshold(), *pixels, names, eps=0.1) | {"model": names} for names in ("fgsm,mta-20", "fgsm"))
+    assert [row["attack"] for row in eval_all.compare_models([a, b])] == ["clean", "fgsm", "worst case"]
+
+
+def test_attacked_images_are_kept_and_are_a_dataset_for_other_models(cli, tmp_path):
+    """Of an earlier evaluation too, which is then made again; a restart changes only what is still correct."""
+    he, attacks, out = GOLDEN / "he.pt", "fgsm,noise,bim-20", tmp_path / "out"
+    flags = ["--num-images", "40", "--eps", "0.3", "--restarts", "3", "--batch-size", "16", "--out", out]
+    assert cli("eval_all", he, "--attacks", attacks, *flags)[0] == 0
+    before = figures(out)
+    assert cli("eval_all", he, "--attacks", attacks, *flags, "--save-adversarial")[0] == 0 and figures(out) == before
+    model, data = common.load_checkpoint(he)[0], common.load_data("digits")
+    x, y = common.images_at(data.x_test, torch.tensor(before[1]["index"]), "cpu"), before[1]["label"]
+    for name in attacks.split(","):
+        (file,) = out.glob(f"settings-*/x_adv-{name}.npz")
+        with np.load(file) as kept:
+            x_adv, moved = torch.from_numpy(kept["x_test"]), before[1]["clean"]
+            assert kept["x_test"].dtype == np.float32 and kept["y_test"].tolist() == y
+            assert kept["index"].tolist() == before[1]["index"]
+        assert (x_adv - x).abs().max() <= 0.3 + 1e-6 and ((x_adv != x).flatten(1).any(1).tolist()) == moved
+        assert (model(x_adv).argmax(1) == torch.tensor(y)).tolist() == before[1][name], name
+        code, _, err = cli("eval_all", he, "--dataset", file, "--attacks", "clean", "--out", tmp_path / "again" / name)
+        assert code == 0, err
+        assert figures(tmp_path / "again" / name)[1]["clean"] == before[1][name]
+
+
+def test_eval_csv_has_six_digits_and_a_row_for_each_attack(pixels, tmp_path):
+    rows = evaluate(Threshold(), *pixels, "fgsm", eps=8 / 255, folder=tmp_path)["attacks"]
+    lines = list(csv.DictReader(open(tmp_path / "eval.csv")))
+    assert [line["attack"] for line in lines] == ["clean", "fgsm", "worst case"]
+    assert lines[1]["accuracy"] == f"{rows['fgsm']['accuracy']:.6g}" == "66.6667" and lines[1]["eps"] == "0.0313725"
+
+
 def test_two_ranks_give_the_verdicts_of_one_process(tmp_path):
     flags = "--attacks noise,pgd-5,mta-3 --eps 0.2 --num-images 24 --batch-size 4 --restarts 2 --device cpu".split()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29533"]
@@ -330,6 +391,7 @@ def test_users_files_find_their_own_modules_also_where_their_names_are_ours(cli,
 
 
 USERS_FILE = """
+from types import SimpleNamespace
 from torch import Tensor, nn
 class Net(nn.Module):
     def __init__(self, wrap=lambda logits: logits, classes=10):
@@ -340,6 +402,7 @@ class Net(nn.Module):
 def few(): return Net(classes=9)
 def double(): return Net(Tensor.double)
 def pair(): return Net(lambda logits: (logits, logits))
+def output(): return Net(lambda logits: SimpleNamespace(logits=logits))
 def flat(): return Net(Tensor.flatten)
 def number(): return 3
 def detached(): return Net(Tensor.detach)
@@ -349,6 +412,7 @@ def detached(): return Net(Tensor.detach)
 @pytest.mark.parametrize("flags, message", [
     (["mine.py:few", "--dataset", "digits"], "float32.*10.* 9"), (["mine.py:double", "--dataset", "digits"], "float64"),
     (["mine.py:pair", "--dataset", "digits"], "tuple"), (["mine.py:flat", "--dataset", "digits"], "(10,)"),
+    (["mine.py:output", "--dataset", "digits"], "return its .logits"), (["bare.pt", "--arch", "small_cnn"], "--dataset"),
     (["mine.py:number", "--dataset", "digits"], "nn.Module"), (["mine.py:absent", "--dataset", "digits"], "absent"),
     (["nowhere.py:make", "--dataset", "digits"], "nowhere.py"), (["nowhere.pt"], "nowhere.pt"),
     (["mine.py:Net"], "--dataset"), ([], "name a run"), (["bare.pt", "--dataset", "digits"], "--arch"),
@@ -366,6 +430,18 @@ def test_what_a_user_can_mend_is_one_line(cli, make_npz, tmp_path, flags, messag
     assert all(part in err for part in message.split(".*")), err
 
 
+def test_a_users_network_of_torchvision_on_images_that_are_not_square(cli, make_npz, tmp_path):
+    """Its file imports torchvision, whose C++ operators may not load; the images are test images alone."""
+    write(tmp_path / "mine.py", "import torchvision", "def make():", "    net = torchvision.models.resnet18()",
+          "    return net")  # fmt: skip
+    x = np.random.default_rng(0).random((6, 32, 48, 3), np.float32)
+    path = make_npz("cifar10_binary", x_train=None, y_train=None, x_test=x, y_test=np.arange(6) % 2)
+    command = [sys.executable, ROOT / "eval_all.py", "mine.py:make", "--dataset", path, "--attacks", "fgsm"]
+    done = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cifar10_binary, n = 6 test images, Linf eps 0.031" in done.stdout
+
+
 def test_an_error_in_the_users_model_keeps_its_traceback_and_names_the_attack(cli, tmp_path):
     write(tmp_path / "mine.py", USERS_FILE)
     with pytest.raises(RuntimeError, match="does not require grad") as caught:
@@ -381,10 +457,13 @@ def test_a_bare_state_dict_has_the_scale_of_its_head(cli, make_npz, tmp_path, he
     make_npz("cifar10", shape=(32, 32, 3))
     torch.save(models.build_model("wrn-10-1", 10, head=head).state_dict(), tmp_path / "net.pt")
     described = ["--dataset", "cifar10", "--data-dir", tmp_path, "--arch", "wrn-10-1", "--head", head, *flags]
-    code, _, err = cli("eval_all", tmp_path / "net.pt", *described, "--attacks", "adaptive-pgd-2", "--num-images", "4")
+    code, text, err = cli(
+        "eval_all", tmp_path / "net.pt", *described, "--attacks", "adaptive-pgd-2", "--num-images", "4"
+    )
     assert code == 0, err
     options = json.loads((tmp_path / "eval-net" / "eval.json").read_text())["model_options"]
-    assert (options["scale"], options["margin"], "mean" in options) == expected
+    assert (options["scale"], options["margin"], options["mean"] is not None) == expected
+    assert ("scale 15 is assumed" in text) == (head == "he" and "--scale" not in flags)
 
 
 def test_the_audit_comes_with_the_presets_paper_and_all():

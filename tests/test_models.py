@@ -1,6 +1,9 @@
 """Heads and their invariances; the WideResNet against the published naming, computed independently."""
 
+import re
+
 import common
+import eval_all
 import models
 
 import pytest
@@ -115,6 +118,15 @@ def test_what_cannot_be_built_is_a_value_error(complaint, options):
         models.build_model(**(dict(arch="wrn-10-1", num_classes=10) | options))
 
 
+def test_a_released_default_never_changes():
+    """Files leave out what is at its default: a new option is added here, with a default that changes nothing."""
+    released = dict(image_size=32, in_channels=3, head="linear", fn=True, wn=True, scale=1.0, margin=0.0)
+    released |= dict(activation="relu", feature_dim=None, center_norm=1.0, correlation="inner", manifold="sphere")
+    required = {"arch", "num_classes"}
+    defaults = {key: value for key, value in models.DEFAULTS.items() if key not in required}
+    assert defaults == released | dict(mean=None, std=None) and required < models.DEFAULTS.keys()
+
+
 # The published TRADES / MART / HE WideResNet, from its names and the equations alone.
 
 
@@ -155,7 +167,7 @@ def test_wrn_34_10_has_the_published_parameter_names_and_count():
     ("linear", "", None), ("he", "module.", None), ("linear", "", "state_dict"), ("he", "module.", "net"),
     ("linear", "", "model"), ("he", "module.", "model_state_dict"),
 ])  # fmt: skip
-def test_a_published_state_dict_loads_and_gives_the_same_logits(tmp_path, head, prefix, entry):
+def test_a_published_state_dict_loads_and_gives_the_same_logits(tmp_path, capsys, head, prefix, entry):
     torch.manual_seed(0)
     state = models.build_model("wrn-16-2", 10, head=head).state_dict()
     for key in state:
@@ -166,9 +178,54 @@ def test_a_published_state_dict_loads_and_gives_the_same_logits(tmp_path, head, 
     unused = {f"sub_block1.{key.removeprefix('block1.')}": value for key, value in state.items() if "block1." in key}
     published = {prefix + key: value for key, value in (state | unused).items()}
     torch.save({entry: published, "epoch": 76} if entry else published, tmp_path / "published.pt")
-    model, _ = common.load_checkpoint(tmp_path / "published.pt", arch="wrn-16-2", head=head, num_classes=10)
-    x = torch.rand(3, 3, 32, 32)
+    model, _ = eval_all.load_published(tmp_path / "published.pt", arch="wrn-16-2", head=head)
+    x, err = torch.rand(3, 3, 32, 32), capsys.readouterr().err
     torch.testing.assert_close(model(x), published_forward(state, x, blocks=2, he=head == "he"))
+    assert "not used: sub_block1.layer.0.bn1.weight, " in err and err.count("\n") == 1
+
+
+PUBLISHED_NAMES = {  # ours -> those of the authors' repositories
+    "resnet18": [(r"^layers\.(\d)", lambda match: f"layer{int(match[1]) + 1}"), (r"^fc", "linear")],
+    "preactresnet18": [
+        (r"^block(\d)\.layer", r"layer\1"),
+        ("convShortcut", "shortcut.0"),
+        (r"^bn1", "bn"),
+        ("^fc", "linear"),
+    ],
+}
+
+
+@pytest.mark.parametrize("arch", PUBLISHED_NAMES)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.model."])
+def test_the_published_names_of_resnets_load(tmp_path, capsys, arch, prefix):
+    torch.manual_seed(0)
+    ours = models.build_model(arch, 4).eval()
+
+    def published(name):
+        for old, new in PUBLISHED_NAMES[arch]:
+            name = re.sub(old, new, name)
+        return prefix + name
+
+    state = {published(name): value for name, value in ours.state_dict().items() if "num_batches" not in name}
+    torch.save(state | {"mu": torch.zeros(3), "sigma": torch.ones(3)}, tmp_path / "net.pt")
+    assert f"{prefix}layer1.0.conv1.weight" in state and f"{prefix}linear.weight" in state
+    model, _ = eval_all.load_published(tmp_path / "net.pt", arch=arch)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(x), ours(x)) and not model.training
+    assert "not used: mu, sigma" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("saved, read, complaint", [
+    (dict(arch="wrn-16-1"), dict(arch="wrn-10-1"), "unexpected: block1.layer.1"),  # more layers than are built
+    (dict(arch="wrn-10-1"), dict(arch="wrn-16-1"), "missing"),
+    (dict(arch="wrn-10-1"), dict(arch="wrn-10-1", head="he"), "fc.bias"),  # a linear head
+    (dict(arch="wrn-10-1"), dict(arch="wrn-10-2"), "size mismatch"), (dict(arch="wrn-10-1"), dict(arch="vgg"), "vgg"),
+    (dict(arch="wrn-10-1"), dict(arch="wrn-10-1", heads="he"), "heads"),
+])  # fmt: skip
+def test_a_published_file_of_another_network_is_refused(tmp_path, saved, read, complaint):
+    torch.save(models.build_model(**saved, num_classes=3).state_dict(), tmp_path / "net.pt")
+    with pytest.raises(common.UserError, match=f"(?s)net.pt: not the weights of .*{complaint}"):
+        eval_all.load_published(tmp_path / "net.pt", **read)
 
 
 @pytest.mark.parametrize("arch", ["small_cnn", "preactresnet18", "wrn-10-1"])

@@ -18,15 +18,28 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK = "--limit 164 --arch wrn-10-1 --batch-size 32 --steps 1 --no-amp --schedule constant --epochs".split()
 
 
+class Scale(torch.nn.Module):
+    """A loss with a parameter, and a buffer that differs from rank to rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.s = torch.nn.Parameter(torch.tensor(15.0))
+        self.register_buffer("mean", torch.tensor(0.0))
+
+    def forward(self, logits, y):
+        self.mean += logits.detach().mean()
+        return common.margin_ce(logits, y, self.s, 0.2)
+
+
 def train_without_batch_statistics(out):
     """An epoch in eval mode, so that the mean over two halves of a batch is that of the whole."""
-    args = train_pgd_he.parse_args([*QUICK, "1", "--optimizer", "sgd", "--lr", "0.1", "--out", str(out)])
-    data = common.load_data(args.dataset, limit=args.limit)
-    run = common.Run(args, common.build_model(args, data), data)
+    args = train_pgd_he.parse_args([*QUICK, "1", *"--optimizer sgd --lr 0.1 --ema 0.5 --out".split(), str(out)])
+    data, criterion = common.load_data(args.dataset, limit=args.limit), Scale()
+    run = common.Run(args, common.build_model(args, data), data, criterion)
     for _ in run.epochs():
         for x, y in list(run.batches()):
             logits = run.model.eval()(x)
-            run.step(common.margin_ce(logits, y, 15, 0.2), logits, y)
+            run.step(criterion(logits, y), logits, y)
         run.finish_epoch()
 
 
@@ -59,7 +72,9 @@ def test_two_ranks_take_the_steps_of_one_and_resume_bit_for_bit(tmp_path):
     runs = ("one rank", "two ranks", "whole", "part")
     one, two, whole, part = (common.read_file(tmp_path / run / "last.pt") for run in runs)
     assert all(torch.equal(value, part["model"][key]) for key, value in whole["model"].items())
-    assert all(torch.allclose(value, two["model"][key], atol=1e-5) for key, value in one["model"].items())
+    for part in ("model", "trained", "criterion"):
+        assert all(torch.allclose(value, two[part][key], atol=1e-5) for key, value in one[part].items()), part
+    assert one["criterion"]["s"] != 15 and one["criterion"]["mean"] != 0
     for key in ("loss", "train_accuracy", "val_clean"):
         assert one["history"][0][key] == pytest.approx(two["history"][0][key], rel=1e-4), key
 

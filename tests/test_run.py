@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,8 @@ def state(out, file="last.pt"):
     """What a run has come to, without its times."""
     content = common.read_file(out / file)
     rows = [{key: row[key] for key in row if key not in ("images_per_s", "seconds")} for row in content["history"]]
-    return content["model"], rows
+    parts = {name: content.get(name, {}) for name in ("model", "trained", "criterion")}
+    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}, rows
 
 
 def assert_same(one, other):
@@ -53,6 +55,7 @@ def copy(finished, tmp_path):
     ("train_pgd_he", signal.SIGINT, 130), ("train_free_he --replays 2", signal.SIGTERM, 143),
     ("train_dsphere --arch dsphere_mnist --train fgsm --loss annealing", signal.SIGTERM, 143),
     ("train_abcl --adversarial", signal.SIGTERM, 143),
+    ("train_pgd_he --ema 0.9 --optimizer adamw", signal.SIGTERM, 143),
 ])  # fmt: skip
 def test_a_run_stopped_in_mid_epoch_and_resumed_equals_an_uninterrupted_one(
     cli, tmp_path, monkeypatch, command, number, code
@@ -147,7 +150,7 @@ def test_resume_refuses_by_name_what_has_changed(finished, refused, monkeypatch)
     assert "--epochs was 3, now 2" in refused("train_pgd_he", *flags, "2")
     assert "--method was pgd_he" in refused("train_trades_he", *flags, "3")
     monkeypatch.setattr(common.Data, "statistics", lambda data: {"mean": [0.5], "std": [0.3]})
-    assert "other data" in refused("train_pgd_he", *flags, "3")
+    assert re.search("mean of the network was .* now .0.5. .*other images", refused("train_pgd_he", *flags, "3"))
 
 
 def test_resume_with_more_epochs_continues_and_with_none_left_changes_nothing(cli, refused, copy):
@@ -179,10 +182,11 @@ def test_a_file_that_is_no_checkpoint_is_a_user_error(finished, tmp_path, monkey
     torch.save(good["model"], "bare")
     torch.save(good | {"model_options": good["model_options"] | {"arch": "wrn-16-1"}}, "other")
     torch.save(good | {"model_options": good["model_options"] | {"arch": "../vgg"}}, "unknown")
+    torch.save(good | {"model_options": good["model_options"] | {"gate": True}}, "newer")
     torch.save({"format": good["format"]}, "entries")
     for file, complaint in (
         ("cut", "damaged, or not a dict"), ("empty", "damaged"), ("list", "damaged"), ("code", "damaged"),
-        ("bare", "a bare state dict; say what it is"), ("other", "not the weights of wrn-16-1"),
+        ("bare", "a state dict needs --arch"), ("other", "not the weights"), ("newer", "no option 'gate'"),
         ("unknown", r"unknown arch '\.\./vgg'"), ("entries", "not the weights"), ("nowhere", "no such checkpoint"),
     ):  # fmt: skip
         with pytest.raises(common.UserError, match=f"^{file}: .*{complaint}"):
@@ -205,6 +209,127 @@ def test_a_nonfinite_loss_gradient_or_weight_names_its_epoch_and_is_not_saved(re
     monkeypatch.setattr(common.Run, "step", break_the_last)
     assert "not finite in epoch 4" in refused("train_pgd_he", *FEW, "--epochs", 4, "--out", copy, "--resume")
     assert (copy / "last.pt").read_bytes() == before
+
+
+def train(out, *flags, criterion=None, optimizer=None):
+    """PGD-AT as a user's own script, with a loss and an optimizer of its own."""
+    args = train_pgd_he.parse_args([*FEW, "--out", str(out), *flags])
+    data = common.load_data(args.dataset, limit=args.limit)
+    model = common.build_model(args, data, head="he", scale=args.scale)
+    run = common.Run(args, model, data, criterion)
+    if optimizer:
+        run.optimizer = optimizer(model, criterion)
+    for _ in run.epochs():
+        for x, y in run.batches():
+            logits, z = model(x, with_features=True)
+            loss = common.margin_ce(logits, y, args.scale)
+            run.step(loss if criterion is None else loss + criterion(z, y), logits, y)
+        run.finish_epoch()
+    return run
+
+
+class Centers(torch.nn.Module):
+    """A loss with a parameter and a buffer."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.centers = torch.nn.Parameter(torch.zeros(classes, 64))
+        self.register_buffer("calls", torch.tensor(0.0))
+
+    def forward(self, z, y):
+        self.calls += 1
+        return (z - self.centers[y]).square().mean()
+
+
+def adagrad(model, criterion):
+    return torch.optim.Adagrad([{"params": model.parameters(), "lr": 0.02}, {"params": criterion.parameters()}], lr=0.5)
+
+
+@pytest.mark.parametrize("optimizer", [None, adagrad])
+def test_a_loss_with_parameters_and_an_own_optimizer_are_trained_saved_and_resumed(tmp_path, optimizer):
+    """The schedule scales the rate of each group, and the log has that of the first. Evaluation needs neither."""
+    own, flags = dict(optimizer=optimizer), ["--schedule", "constant", "--epochs"]
+    whole = train(tmp_path / "whole", *flags, "2", criterion=Centers(), **own)
+    train(tmp_path / "part", *flags, "1", criterion=Centers(), **own)
+    part = train(tmp_path / "part", *flags, "2", "--resume", criterion=Centers(), **own)
+    assert_same(tmp_path / "whole", tmp_path / "part")
+    assert part.criterion.calls == whole.criterion.calls == 6 and (whole.criterion.centers != 0).any(1).all()
+    rates = [0.02, 0.5] if optimizer else [2e-3]
+    assert [group["lr"] for group in part.optimizer.param_groups] == rates and part.history[-1]["lr"] == rates[0]
+    common.load_checkpoint(tmp_path / "part")
+    train(tmp_path / "late", "--schedule", "multistep", "--epochs", "1", criterion=Centers(), **own)
+    train(tmp_path / "late", "--schedule", "multistep", "--epochs", "2", "--resume", criterion=Centers(), **own)
+    logged = [row["lr"] for row in state(tmp_path / "late")[1]]  # after 2 of 3 steps, and after 5 of 6
+    assert logged == pytest.approx([rates[0], 0.1 * rates[0]])
+
+
+def test_resume_refuses_another_criterion_or_optimizer(tmp_path):
+    train(tmp_path, "--epochs", "1", criterion=Centers())
+    for criterion, optimizer, complaint in (
+        (None, None, "another Module"), (Centers(3), None, "another Centers"), (Centers(), adagrad, "another Adagrad"),
+    ):  # fmt: skip
+        with pytest.raises(common.UserError, match=f"--resume: .* is of {complaint}"):
+            train(tmp_path, "--epochs", "2", "--resume", criterion=criterion, optimizer=optimizer)
+
+
+def test_the_average_of_the_weights_is_held_out_saved_and_evaluated(tmp_path, monkeypatch):
+    weights, average, held_out, step = [], None, common.Run._held_out, common.Run.step
+
+    def record(run, *batch):
+        step(run, *batch)
+        weights.append(run.model.fc.weight.detach().clone())
+
+    monkeypatch.setattr(common.Run, "step", record)
+    seen = []
+    monkeypatch.setattr(common.Run, "_held_out", lambda run: seen.append(held_out(run)) or seen[-1])
+    run = train(tmp_path, "--ema", "0.8", "--epochs", "2")
+    for weight in weights:
+        average = weight if average is None else 0.8 * average + 0.2 * weight
+    for content in (common.read_file(tmp_path / name) for name in ("best.pt", "last.pt")):
+        assert content["trained"].keys() == content["model"].keys()
+    torch.testing.assert_close(content["model"]["fc.weight"], average)
+    assert torch.equal(content["trained"]["fc.weight"], weights[-1]) and not torch.equal(average, weights[-1])
+    running = [content[part]["bn1.running_mean"] for part in ("model", "trained")]
+    assert not torch.equal(*running) and torch.equal(run.average.module.bn1.running_mean, running[0])
+    model, _ = common.load_checkpoint(tmp_path / "last.pt")
+    x = common.images_at(run.data.x_train, run.data.val, "cpu")
+    clean = 100 * (model(x).argmax(1) == run.data.y_train[run.data.val]).float().mean().item()
+    assert clean == pytest.approx(seen[-1][0]) == run.history[-1]["val_clean"]
+
+
+@pytest.mark.parametrize(
+    "name, kind, momentum", [("sgd", "SGD", 0.9), ("adam", "Adam", None), ("adamw", "AdamW", None)]
+)
+def test_the_optimizer_flag(tmp_path, name, kind, momentum):
+    run = train(tmp_path, "--epochs", "1", "--optimizer", name, "--weight-decay", "0.01")
+    (group,) = run.optimizer.param_groups
+    assert (type(run.optimizer).__name__, group.get("momentum"), group["weight_decay"]) == (kind, momentum, 0.01)
+
+
+def test_a_new_option_of_build_model_leaves_older_runs_as_they_are(finished, cli, refused, copy, monkeypatch):
+    """Only options that differ from their default are stored; a run resumes if the new option is at its default."""
+    stored = common.read_file(copy / "last.pt")["model_options"]
+    assert {"arch", "num_classes", "head", "scale"} <= stored.keys() and not {"fn", "feature_dim"} & stored.keys()
+    build, flags = models.build_model, [*FEW, "--epochs", "4", "--out", copy, "--resume"]
+
+    def extended(*args, gate=False, **options):
+        model = build(*args, **options)
+        model.options["gate"] = gate
+        return model
+
+    monkeypatch.setattr(models, "build_model", extended)
+    monkeypatch.setattr(models, "DEFAULTS", models.DEFAULTS | {"gate": False})
+    assert cli("train_pgd_he", *flags)[0] == 0 and "gate" not in common.read_file(copy / "last.pt")["model_options"]
+    common.load_checkpoint(finished)
+    monkeypatch.setattr(models, "build_model", lambda *args, **options: extended(*args, **{"gate": True} | options))
+    assert "gate of the network was False, now True" in refused("train_pgd_he", *flags)
+
+
+def test_a_gpu_that_torch_cannot_use_is_one_warning(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for gpu, lines in ((tmp_path / "none", 0), (tmp_path, 1)):
+        monkeypatch.setattr(common, "GPU", gpu)
+        assert common.default_device() == "cpu" and capsys.readouterr().err.count("\n") == lines
 
 
 def test_schedules():
@@ -267,8 +392,8 @@ def test_the_log_has_percentages_of_the_images_and_one_class_for_all_is_warned_o
 def run_on(make_npz, tmp_path):
     """run_on("cifar10_toy", shape) -> a Run on a small file of that name, with the arguments of PGD-AT."""
 
-    def make(name, shape):
-        argv = ["--dataset", str(make_npz(name, shape=shape)), "--arch", "wrn-10-1", "--batch-size", "10"]
+    def make(name, shape, *flags):
+        argv = ["--dataset", str(make_npz(name, shape=shape)), "--arch", "wrn-10-1", "--batch-size", "10", *flags]
         args = train_pgd_he.parse_args([*argv, "--out", str(tmp_path / "run")])
         data = common.load_data(args.dataset)
         run = common.Run(args, common.build_model(args, data, scale=15.0), data)
@@ -278,11 +403,12 @@ def run_on(make_npz, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("name, shape, augmented", [
-    ("cifar10_toy", (32, 32, 3), True), ("toy", (8, 8), False), ("tiny-imagenet_toy", (8, 8, 3), True),
+@pytest.mark.parametrize("name, shape, flags, augmented", [
+    ("cifar10_toy", (32, 32, 3), [], True), ("toy", (8, 8), [], False), ("tiny-imagenet_toy", (8, 8, 3), [], True),
+    ("cifar10_toy", (32, 32, 3), ["--no-augment"], False), ("toy", (8, 12), ["--augment"], True),
 ])  # fmt: skip
-def test_an_epoch_visits_each_image_once_and_augments_cifar_and_imagenet_only(run_on, name, shape, augmented):
-    run = run_on(name, shape)
+def test_an_epoch_visits_each_image_once_and_augments_cifar_and_imagenet_only(run_on, name, shape, flags, augmented):
+    run = run_on(name, shape, *flags)
     x, y = (torch.cat(parts) for parts in zip(*run.batches(), strict=True))
     originals = common.to_float(run.data.x_train[run.data.train])
     assert len(x) == 40 and torch.equal(y.bincount(), run.data.y_train[run.data.train].bincount())
