@@ -189,7 +189,7 @@ def deepfool(model, x, y, *, norm="linf", steps, overshoot=0.02, candidates=10, 
         for gap in gaps.T:
             (w,) = torch.autograd.grad(-gap.sum(), now, retain_graph=True)
             dual = w.abs().sum((1, 2, 3)) if norm == "linf" else common.norms(w, "l2").flatten()  # norm of w
-            lengths.append(gap.detach().abs() / dual.clamp(min=1e-12))
+            lengths.append(gap.detach().abs() / dual.clamp(min=1e-12) + 1e-5)  # to cross it, not to approach it
             directions.append(common.steepest(w, norm))
         lengths, directions = torch.stack(lengths), torch.stack(directions)  # (classes, B), (classes, B, C, H, W)
         nearest, rows = lengths.argmin(0), torch.arange(len(active), device=x.device)

@@ -412,7 +412,7 @@ def detached(): return Net(Tensor.detach)
 @pytest.mark.parametrize("flags, message", [
     (["mine.py:few", "--dataset", "digits"], "float32.*10.* 9"), (["mine.py:double", "--dataset", "digits"], "float64"),
     (["mine.py:pair", "--dataset", "digits"], "tuple"), (["mine.py:flat", "--dataset", "digits"], "(10,)"),
-    (["mine.py:output", "--dataset", "digits"], "return its .logits"), (["bare.pt", "--arch", "small_cnn"], "--dataset"),
+    (["mine.py:output", "--dataset", "digits"], "its .logits"), (["bare.pt", "--arch", "small_cnn"], "--dataset"),
     (["mine.py:number", "--dataset", "digits"], "nn.Module"), (["mine.py:absent", "--dataset", "digits"], "absent"),
     (["nowhere.py:make", "--dataset", "digits"], "nowhere.py"), (["nowhere.pt"], "nowhere.pt"),
     (["mine.py:Net"], "--dataset"), ([], "name a run"), (["bare.pt", "--dataset", "digits"], "--arch"),
