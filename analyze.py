@@ -1,13 +1,12 @@
 """Figures and tables about trained models, besides the attacks of eval_all.py.
 
     python analyze.py runs/A --curves --gradients --features --angles --examples
-    python analyze.py runs/A runs/B --curves --gradients          # several models in one figure
-    python analyze.py runs/A --corruptions data/CIFAR-10-C
-    python analyze.py runs/dsphere-digits-s0 --geodesic
+    python analyze.py runs/A runs/B --curves --corruptions data/CIFAR-10-C
 
 Attacked images are those of PGD-20 on the training loss. Test images are kept in memory: ImageNet needs --num-images.
 """
 
+import copy
 import json
 import math
 import sys
@@ -25,12 +24,12 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import quantile_test
 from sklearn.manifold import TSNE
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 ANALYSES = {
     "curves": "accuracy against eps, steps and restarts, under PGD on the cross-entropy and on the margin",
-    "gradients": "gradient norms of the weights, attacked / clean, by layer (HE, Fig. 3), for 100 images",
+    "gradients": "gradient norms of the weights, attacked / clean, by layer, of images and of batches (HE, Fig. 3)",
     "features": "2,000 features, clean and attacked, in the plane: t-SNE, or z itself if it has two dimensions",
     "angles": "degrees between class weights, and between features and the weights of their classes (ABCL, App. B)",
     "examples": "clean images, attacked images and perturbations",
@@ -46,6 +45,7 @@ GEODESIC = {  # the rates of geodesic inference, and what they mean
     "rejected clean": "share of the clean images that are rejected",
     "rejected adversarial": "share of the adversarial images that are rejected: correct clean, misclassified attacked",
     "broken": "share of all attacked images that are misclassified and accepted",
+    "p": "factor of the thresholds of the angle",
     "auroc": "how well the angle tells adversarial images from clean ones: 1 perfectly, 0.5 by chance",
 }
 
@@ -67,8 +67,7 @@ def attacked(attack: Callable, net: nn.Module, x: Tensor, y: Tensor, args: Names
 
 def save_figure(figure: Figure, title: str, name: str, args: Namespace) -> None:
     figure.suptitle(title, fontsize=9)
-    args.files.append(args.out / f"{name}.png")
-    figure.savefig(args.files[-1], dpi=150)
+    figure.savefig(args.out / f"{name}.png", dpi=150)
 
 
 def print_table(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
@@ -123,24 +122,25 @@ def plot_curves(results: dict[str, dict], args: Namespace) -> None:
     save_figure(figure, f"{who}: {args.ball}, n = {n:,}", "curves", args)
 
 
-def gradient_norms(net: nn.Module, x: Tensor, y: Tensor) -> tuple[list[str], Tensor]:
-    """||grad of the training loss|| of each image alone, by each weight of two or more axes: names, (B, layers)."""
+def gradient_norms(net: nn.Module, x: Tensor, y: Tensor, size: int = 1) -> tuple[list[str], Tensor]:
+    """||grad of the training loss|| of batches of `size`, by weight of two or more axes: names, (batches, layers)."""
     loss, norms = eval_all.training_loss(net, eval_all.loss_margin(net)), []
     weights = {name: p for name, p in net.named_parameters() if p.ndim > 1 and p.requires_grad}
-    for image, label in zip(x.split(1), y.split(1), strict=True):
-        grads = torch.autograd.grad(loss(net(image), label).sum(), list(weights.values()), allow_unused=True)
+    for images, labels in zip(x.split(size), y.split(size), strict=True):
+        grads = torch.autograd.grad(loss(net(images), labels).mean(), list(weights.values()), allow_unused=True)
         used = {name: grad.norm() for name, grad in zip(weights, grads, strict=True) if grad is not None}
         norms.append(torch.stack(list(used.values())))
     return [name.removesuffix(".weight") for name in used], torch.stack(norms)
 
 
 def gradient_norm_ratio(net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> dict:
-    """E(||grad_w L(x*)|| / ||grad_w L(x)||) over the images, by layer w, L the training loss (HE, Fig. 3).
-
-    Returns `layers`, and for each `mean`, the paper's figure, and `median`, which no single image can move, with `low`
-    and `high`, its 95 % interval (None below six images, where there is none). `left_out` images have no ratio: their
-    clean gradient is 0 in float32, or one of the two is not finite.
-    """
+    """E(||grad_w L(x*)|| / ||grad_w L(x)||), by layer w, L the training loss (HE, Fig. 3). Returns `layers`, for each
+    `batch`, the mean over batches of 128 in train mode, as in the authors' code; and over 100 single images in eval
+    mode `mean` and `median`, with `low` and `high`, its 95 % interval (None below six images). `left_out` images have
+    no ratio: their clean gradient is 0 in float32, or one of the two is not finite."""
+    training, few = copy.deepcopy(net).train(), slice(None, None, max(len(y) // 100, 1))  # batch statistics change
+    batch = (gradient_norms(training, x_adv, y, 128)[1] / gradient_norms(training, x, y, 128)[1]).mean(0)
+    x, x_adv, y = x[few], x_adv[few], y[few]
     layers, clean = gradient_norms(net, x, y)
     ratio = gradient_norms(net, x_adv, y)[1] / clean
     ratio = ratio[(clean.isfinite() & ratio.isfinite()).all(1)]
@@ -148,24 +148,26 @@ def gradient_norm_ratio(net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> 
         raise common.UserError("--gradients: on no clean image has the loss a finite gradient other than 0")
     intervals = [quantile_test(column, p=0.5).confidence_interval(0.95) for column in ratio.T.cpu().numpy()]
     low, high = ([None if math.isnan(end) else float(end) for end in ends] for ends in zip(*intervals, strict=True))
-    centers = {"mean": ratio.mean(0).tolist(), "median": ratio.quantile(0.5, 0).tolist()}
+    centers = {"batch": batch.tolist(), "mean": ratio.mean(0).tolist(), "median": ratio.quantile(0.5, 0).tolist()}
     return {"layers": layers, **centers, "low": low, "high": high, "n": len(ratio), "left_out": len(y) - len(ratio)}
 
 
 def plot_gradients(results: dict[str, dict], args: Namespace) -> None:
-    """By layer, the first on top: the median ratio with its interval, and the mean (HE, Fig. 3)."""
+    """By layer, the first on top: the median ratio with its interval, the mean, and that of batches (HE, Fig. 3)."""
     layers = list(dict.fromkeys(layer for own in results.values() for layer in own["layers"]))
     figure = Figure(figsize=(6, 1.8 + 0.3 * len(layers)), layout="constrained")
     axis = figure.subplots()
     for i, (name, own) in enumerate(results.items()):
-        mean, median, low, high = (np.array(own[key], float) for key in ("mean", "median", "low", "high"))
+        batch, mean, median, low, high = (np.array(own[k], float) for k in ("batch", "mean", "median", "low", "high"))
         places = np.array([layers.index(layer) for layer in own["layers"]]) + (i + 0.5) / (2 * len(results)) - 0.25
         bars = {"xerr": [median - low, high - median], "capsize": 2, "linewidth": 1, "markersize": 4}
         axis.errorbar(median, places, fmt="D", color=f"C{i}", label=f"{name}, n = {own['n']}", **bars)
         axis.plot(mean, places, "o", color=f"C{i}", markerfacecolor="none", markersize=4)
+        axis.plot(batch, places, "x", color=f"C{i}", markersize=4)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", yticks=range(len(layers)), yticklabels=layers, ylim=(len(layers) - 0.5, -0.5))
-    axis.set_xlabel("gradient norm, attacked / clean; filled: median, 95 % interval; hollow: mean", fontsize=8)
+    marks = "filled: median, 95 % interval; hollow: mean; cross: of batches in train mode"
+    axis.set_xlabel(f"gradient norm, attacked / clean\n{marks}", fontsize=8)
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     save_figure(figure, f"gradients of the training loss: {args.ball}, PGD-20", "gradients", args)
@@ -180,12 +182,6 @@ def angles(net: nn.Module, x: Tensor, y: Tensor, args: Namespace) -> dict:
     within = models.arccos(models.cosine(batched(net.features, x, args), weight).gather(1, y[:, None])).mean()
     found = {"smallest": between.min(), "largest": between.max(), "within": within}
     return {name: math.degrees(angle) for name, angle in found.items()}
-
-
-def print_angles(results: dict[str, dict], args: Namespace) -> None:
-    rows = {model: [f"{angle:.1f}" for angle in own.values()] for model, own in results.items()}
-    columns = ["nearest class weights", "farthest class weights", "features to own weight"]
-    print_table(f"angles in degrees: {args.data.name}", columns, rows)
 
 
 def feature_map(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args: Namespace) -> dict:
@@ -204,8 +200,7 @@ def feature_map(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args
         left.scatter(*clean[label == k].T, s=10, color=color, linewidths=0, label=k)
         right.scatter(*moved[(label == k) & correct].T, s=10, color=color, linewidths=0)
         right.scatter(*moved[(label == k) & ~correct].T, s=14, color=color, marker="x", linewidths=0.8)
-    ticks = {} if method == "z" else {"xticks": [], "yticks": []}  # the coordinates of t-SNE mean nothing
-    left.set(xlabel=f"{method}, clean", **ticks)
+    left.set_xlabel(f"{method}, clean")
     right.set_xlabel(f"{method}, attacked (x: misclassified, gray: clean)")
     figure.legend(loc="outside right center", title="class", fontsize=8, markerscale=2)
     save_figure(figure, f"{model.name}: {args.ball}, PGD-20, n = {len(y):,}", f"features-{model.name}", args)
@@ -214,8 +209,7 @@ def feature_map(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args
 
 
 def examples(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args: Namespace) -> dict:
-    """Draws eight clean and attacked images, those first that the attack fools, and their perturbations, amplified.
-    Returns their `row` in x, `label`, and the predictions `clean` and `attacked`."""
+    """Draws eight images, those first that the attack fools, and perturbations; returns rows, labels, predictions."""
     clean, moved = (predictions(model.net, images, args) for images in (x, x_adv))
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(common.SPLIT_SEED)).to(y.device)
     fooled = ((clean == y) & (moved != y))[order]
@@ -237,11 +231,9 @@ def examples(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args: N
 
 
 def corruption_sets(folder: Path, data: common.Data) -> Iterator[tuple[str, int, Tensor | common.ImageFiles, Tensor]]:
-    """(corruption, severity, images, labels) of CIFAR-10-C or ImageNet-C in `folder`, as published.
-
+    """(corruption, severity, images, labels) of CIFAR-10-C or ImageNet-C in `folder`, as published. Raises UserError.
     CIFAR-10-C: NAME.npy holds the same images at severity 1, then at 2, up to 5, and labels.npy their labels.
-    ImageNet-C: NAME/SEVERITY/WNID/*.JPEG; the classes are the sorted WNIDs. Raises UserError naming a wrong file.
-    """
+    ImageNet-C: NAME/SEVERITY/WNID/*.JPEG; the classes are the sorted WNIDs."""
     _, channels, height, width = data.x_test.shape
     for path in sorted(set(folder.glob("*.npy")) - {folder / "labels.npy"}):
         try:
@@ -251,8 +243,7 @@ def corruption_sets(folder: Path, data: common.Data) -> Iterator[tuple[str, int,
         if x.dtype != np.uint8 or x.shape[1:] != (height, width, channels) or not len(x) or len(x) % 5:
             raise common.UserError(f"{path}: {x.dtype} {x.shape}; needed: uint8 (5 N, {height}, {width}, {channels})")
         if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < data.num_classes:
-            needed = f"{len(x)} integers below {data.num_classes}"
-            raise common.UserError(f"{folder / 'labels.npy'}: {y.dtype} {y.shape}; needed: {needed}")
+            raise common.UserError(f"{folder / 'labels.npy'}: needed: {len(x)} integers below {data.num_classes}")
         for i, (images, labels) in enumerate(zip(np.split(x, 5), np.split(y, 5), strict=True)):
             yield path.stem, i + 1, torch.tensor(images).permute(0, 3, 1, 2), torch.tensor(labels.astype(np.int64))
     for path in sorted(folder.glob("*/[1-5]")):
@@ -264,15 +255,11 @@ def corruption_sets(folder: Path, data: common.Data) -> Iterator[tuple[str, int,
 
 
 def corruption_accuracy(net: nn.Module, args: Namespace) -> dict:
-    """`accuracy` {corruption: [% at severity 1 to 5]} and `mCA`, their mean (HE, Table 5), without NOT_IN_MCA. Its 95 %
-    interval, `low` to `high`, comes from the spread over the n images of the share of corrupted copies that are
-    classified correctly: copies of one image are not independent."""
-    correct, total = {}, None
-    for name, severity, x, y in corruption_sets(args.corruptions, args.data):
-        total = total or len(y)
-        if len(y) != total:
-            raise common.UserError(f"{name}, severity {severity}: {len(y)} images, but the first set has {total}")
-        order = np.random.default_rng(common.SPLIT_SEED).permutation(total)  # files may be sorted by class
+    """`accuracy` {corruption: [% at severity 1 to 5]} and `mCA`, their mean (HE, Table 5), without NOT_IN_MCA; its 95 %
+    interval is from the spread over the n images: corrupted copies of one image are not independent."""
+    correct = {}
+    for name, _, x, y in corruption_sets(args.corruptions, args.data):
+        order = np.random.default_rng(common.SPLIT_SEED).permutation(len(y))  # files may be sorted by class
         batches = torch.from_numpy(np.sort(order[: args.num_images])).split(args.batch_size)
         predicted = [eval_all.predict(net, common.images_at(x, rows, args.device)).cpu() for rows in batches]
         correct.setdefault(name, []).append((torch.cat(predicted) == y[torch.cat(batches)]).double())
@@ -289,18 +276,16 @@ def corruption_accuracy(net: nn.Module, args: Namespace) -> dict:
 def print_corruptions(results: dict[str, dict], args: Namespace) -> None:
     rows, first = {}, next(iter(results.values()))
     for name in first["accuracy"]:
-        rows[name + " *" * (name in NOT_IN_MCA)] = [
-            "".join(f"{value:7.2f}" for value in own["accuracy"][name]) for own in results.values()
-        ]
+        cells = [("{:7.2f}" * 5).format(*own["accuracy"][name]) for own in results.values()]
+        rows[name + " *" * (name in NOT_IN_MCA)] = cells
     rows["mCA"] = ["{mCA:.2f} ({low:.2f} - {high:.2f})".format(**own) for own in results.values()]
-    print_table(f"{args.corruptions}: accuracy (%) at severity 1 to 5, n = {first['n']:,}", [*results], rows)
-    print("mCA: mean over corruptions and severities, with its 95 % interval; * left out of it")
+    about = f"n = {first['n']:,}; mCA: mean of all but those with *, with its 95 % interval"
+    print_table(f"{args.corruptions}: accuracy (%) at severity 1 to 5, {about}", [*results], rows)
 
 
 def geodesic_pgd(net, x, y, *, thresholds: Tensor, eps: float, step_size: float, steps: int) -> Tensor:
-    """An adaptive attack on geodesic inference, ours after Carlini & Wagner 2017b: Linf PGD that evades rejection.
-    It ascends the margin while an image is classified correctly, then the cosine to the wrong class while that angle is
-    above its threshold (K,), in radians. An image that is misclassified and accepted is moved no further."""
+    """An adaptive attack on geodesic inference, ours after Carlini & Wagner 2017b: Linf PGD on the margin, then, once
+    an image is misclassified, on the cosine to the wrong class until the angle is below its threshold (K,), radians."""
     x_adv = common.random_start(x, eps, "linf")
     with common.frozen_eval(net):
         for _ in range(steps):
@@ -317,35 +302,45 @@ def geodesic_pgd(net, x, y, *, thresholds: Tensor, eps: float, step_size: float,
 
 
 def geodesic(model: eval_all.Model, x: Tensor, y: Tensor, args: Namespace) -> dict:
-    """D-SphereNet, Sec. 4.3: an input predicted k is rejected if its angle to W_k is above mu_k + sd_k of training.
-    Returns {attack: the rates of GEODESIC, None where there is no such image} for PGD-40 and geodesic_pgd."""
+    """D-SphereNet, Sec. 4.3: an input predicted k is rejected if its angle to W_k is above p * (mu_k + sd_k). Returns
+    {attack: the rates of GEODESIC, None where there is no such image} for PGD-40 and geodesic_pgd. With --geodesic-p 0
+    p maximizes the share of rejected adversarial minus that of rejected clean images among the held-out ones."""
     net, (mean, std) = model.net, (torch.tensor(model.meta["geodesic"][key]) for key in ("mean", "std"))
-    thresholds = (mean + std).to(args.device)
+    thresholds, p = (mean + std).to(args.device), args.geodesic_p
+    budget = dict(eps=args.eps, step_size=2.5 * args.eps / 40, steps=40)
+    pgd_40 = partial(common.pgd, loss=eval_all.cross_entropy, **budget)
 
     @torch.no_grad()
-    def infer(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def infer(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = batched(net.features, images, args)
         logits = net.fc(z)
         predicted = logits.argmax(1)
         angle = models.arccos(models.cosine(z, net.fc.weight)).gather(1, predicted[:, None]).squeeze(1)
-        return (predicted == y) & logits.isfinite().all(1), angle, angle > thresholds[predicted]
+        return (predicted == labels) & logits.isfinite().all(1), angle, angle / thresholds[predicted]  # rejected: > p
+
+    if not p:
+        held_out = common.images_at(args.data.x_train, args.data.val, args.device)
+        labels = args.data.y_train[args.data.val].to(args.device)
+        correct, _, clean = infer(held_out, labels)
+        correct_adv, _, moved = infer(attacked(pgd_40, net, held_out, labels, args), labels)
+        ratios = torch.cat([moved[correct & ~correct_adv], clean]).cpu()
+        rejected_clean, rejected, at = roc_curve(np.arange(len(ratios)) < len(ratios) - len(clean), ratios)
+        p = float(at[(rejected - rejected_clean).argmax()]) * (1 - 1e-6)  # an image at this ratio is rejected
 
     def rate(flags: Tensor) -> dict | None:
         row = eval_all.accuracy(flags) if len(flags) else None
         return row and {"count": row["correct"], "percent": row["accuracy"]} | {k: row[k] for k in ("n", "low", "high")}
 
-    attacks = {"pgd-40": partial(common.pgd, loss=eval_all.cross_entropy)}
-    attacks["geodesic-pgd-40"] = partial(geodesic_pgd, thresholds=thresholds)
-    result, (correct, angle, rejected) = {}, infer(x)
+    attacks = {"pgd-40": pgd_40, "geodesic-pgd-40": partial(geodesic_pgd, thresholds=p * thresholds, **budget)}
+    result, (correct, angle, ratio) = {}, infer(x, y)
     for name, attack in attacks.items():
-        attack = partial(attack, eps=args.eps, step_size=2.5 * args.eps / 40, steps=40)
-        correct_adv, angle_adv, rejected_adv = infer(attacked(attack, net, x, y, args))
-        fooled = correct & ~correct_adv
+        correct_adv, angle_adv, ratio_adv = infer(attacked(attack, net, x, y, args), y)
+        fooled, rejected, rejected_adv = correct & ~correct_adv, ratio > p, ratio_adv > p
         flags = [correct, correct[~rejected], correct_adv[~rejected_adv], rejected, rejected_adv[fooled]]
         rates = [rate(own) for own in (*flags, ~correct_adv & ~rejected_adv)]
         scores = torch.cat([angle_adv[fooled], angle]).cpu()
         auroc = roc_auc_score(np.arange(len(scores)) < int(fooled.sum()), scores) if fooled.any() else None
-        result[name] = dict(zip(GEODESIC, (*rates, auroc), strict=True))
+        result[name] = dict(zip(GEODESIC, (*rates, p, auroc), strict=True))
     return result
 
 
@@ -375,7 +370,7 @@ def analyze(model: eval_all.Model, x: Tensor, y: Tensor, args: Namespace) -> dic
         "angles": lambda: angles(net, x, y, args),
         "features": lambda: feature_map(model, *craft(2000), args),
         "examples": lambda: examples(model, *craft(2000), args),
-        "gradients": lambda: gradient_norm_ratio(net, *craft(100)),
+        "gradients": lambda: gradient_norm_ratio(net, *craft(512)),
         "geodesic": lambda: geodesic(model, x, y, args),
         "curves": lambda: robustness_curves(net, x, y, args),
     }
@@ -387,6 +382,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, text in ANALYSES.items():
         kind = {"metavar": "DIR", "type": Path} if name == "corruptions" else {"action": "store_true"}
         parser.add_argument(f"--{name}", help=text, **kind)
+    p = "p of --geodesic; 0: chosen on held-out training images (default: 1)"
+    parser.add_argument("--geodesic-p", type=common.number(float, 0), default=1.0, help=p)
     args = parser.parse_args(argv, Namespace(source=[]))
     if not any(getattr(args, name) for name in ANALYSES):
         parser.error(f"give at least one of --{', --'.join(ANALYSES)}")
@@ -403,17 +400,21 @@ def main(argv: list[str] | None = None) -> None:
     x, y = common.images_at(args.data.x_test, rows, args.device), args.data.y_test[rows].to(args.device)
     args.eps = eval_all.Settings(args.eps, args.norm, args.data.known).eps
     args.ball = f"{args.data.name}, {args.norm.capitalize()} eps {args.eps:.4g}"
-    args.out, args.files = eval_all.output_folder(args, found, "analysis"), []
+    args.out = eval_all.output_folder(args, found, "analysis")
     args.out.mkdir(parents=True, exist_ok=True)
     results = {model.name: analyze(model, x, y, args) for model in found}
-    shows = {"angles": print_angles, "corruptions": print_corruptions, "geodesic": print_geodesic}
+    if args.angles:
+        columns = ["nearest class weights", "farthest class weights", "features to own weight"]
+        rows = {name: [f"{angle:.1f}" for angle in own["angles"].values()] for name, own in results.items()}
+        print_table(f"angles in degrees: {args.data.name}", columns, rows)
+    shows = {"corruptions": print_corruptions, "geodesic": print_geodesic}
     for name, show in (shows | {"curves": plot_curves, "gradients": plot_gradients}).items():
         if getattr(args, name):
             show({model: own[name] for model, own in results.items()}, args)
     about = {"data": args.data.name, "norm": args.norm, "eps": args.eps, "n": len(y), "models": results}
     about |= {"hardware": common.hardware(args.device), "command": " ".join(["python", *sys.argv])}
     common.write_file(json.dumps(about, indent=2).encode(), args.out / "analysis.json")
-    print("\nwritten:", *args.files, args.out / "analysis.json", sep="\n  ")
+    print("\nwritten:", *sorted(args.out.iterdir()), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--size", type=number(int, 8, 512), default=32, help="pixels of a side (default: 32)")
     flag("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="(default: all)")
     flag("--rounds", type=number(int, 1), default=3, help="(default: 3)")
-    flag("--device", type=common.device_flag, default=common.default_device(), help="(default: %(default)s)")
+    flag("--device", type=common.device_flag, default="auto", help="(default: cuda if there is a GPU)")
     flag("--out", type=Path, default="bench.json", help="(default: bench.json)")
     args = parser.parse_args(argv, argparse.Namespace(seed=0))
     args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work

@@ -139,7 +139,7 @@ class ImageFiles(Dataset):
 
 @dataclass
 class Data:
-    """A dataset: uint8 images or float32 ones in [0, 1], (N, C, H, W), int64 labels (N,); `val` is not trained on."""
+    """A dataset: images (N, C, H, W), uint8 or float32 in [0, 1], and int64 labels (N,). `val` is not trained on."""
 
     name: str  # what results are reported under: a known name, or the stem of the file
     known: str | None  # the known dataset whose defaults apply, if any
@@ -161,8 +161,8 @@ class Data:
         if isinstance(self.x_train, ImageFiles):
             return {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
         x = self.x_train[self.train[:10_000]].numpy()  # by numpy: the same on any number of threads
-        white = 255 if x.dtype == np.uint8 else 1
-        mean, std = (f(x, (0, 2, 3), dtype=np.float64) / white for f in (np.mean, np.std))
+        largest = 255 if x.dtype == np.uint8 else 1
+        mean, std = (f(x, (0, 2, 3), dtype=np.float64) / largest for f in (np.mean, np.std))
         return {"mean": mean.tolist(), "std": std.clip(1 / 255).tolist()}
 
 
@@ -262,7 +262,7 @@ def load_data(dataset: str, data_dir: str = "data", limit: int | None = None) ->
 
 
 def to_float(x: Tensor) -> Tensor:
-    """Images (B, C, H, W), uint8 or float in [0, 1] -> float32 in [0, 1]."""
+    """uint8 images (B, C, H, W) -> float32 in [0, 1]; floats in [0, 1] are returned as they are."""
     return x if x.is_floating_point() else x.float() / 255
 
 
@@ -304,9 +304,6 @@ TRAINING_DEFAULTS = {
 }
 
 
-GPU = Path("/dev/nvidia0")
-
-
 def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
     """An argparse type: an int, or a float or fraction such as 8/255, within [low, high]."""
 
@@ -323,23 +320,21 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
     return parse
 
 
+NVIDIA = Path("/dev/nvidia0")  # is there if the machine has a GPU and its driver
+
+
 def device_flag(text: str) -> str:
-    """An argparse type: cpu, cuda or cuda:N, if this machine has it."""
+    """An argparse type: cpu, cuda or cuda:N, if this machine has it; auto: cuda if torch sees a GPU, else cpu."""
+    if text == "auto":
+        if NVIDIA.exists() and not torch.cuda.is_available() and os.environ.get("LOCAL_RANK", "0") == "0":
+            advice = "is it hidden, or torch a build for the CPU or for a newer CUDA than the driver's?"
+            print(f"warning: {NVIDIA} exists, but torch sees no GPU and runs on the CPU: {advice}", file=sys.stderr)
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=text).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{text!r} is not available ({str(error).splitlines()[0]})") from None
     return text
-
-
-def default_device() -> str:
-    """cuda if there is a GPU, else cpu, with a warning if a GPU is there that this torch cannot use."""
-    if torch.cuda.is_available():
-        return "cuda"
-    if GPU.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-        advice = "install a build of torch for a CUDA version that the driver supports"
-        print(f"warning: {GPU} exists, but this torch sees no CUDA and runs on the CPU: {advice}", file=sys.stderr)
-    return "cpu"
 
 
 def supports_bf16(device: str) -> bool:
@@ -398,19 +393,19 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     add("--optimizer", "sgd has momentum 0.9", choices=tuple(OPTIMIZERS))
     add("--lr", "peak learning rate", type=number(float, 0))
     add("--schedule", "of the learning rate over the run, see common.SCHEDULES", choices=tuple(SCHEDULES))
-    add("--weight-decay", "L2 penalty on all parameters", type=number(float, 0))
+    add("--weight-decay", "of all parameters", type=number(float, 0))
     add("--eps", "Linf radius in pixel units", type=number(float, 0, 1))
     add("--step-size", "of the attack, in pixel units", type=number(float, 0, 1))
     add("--steps", "of the attack; one-step methods use it on the held-out images only", type=number(int, 1))
     add("--eps-warmup", "epochs over which eps and step size rise from 0", type=number(float, 0))
     flag("--augment", action=on_off, default=augmented, help=f"crop and flip (default: {'on' if augmented else 'off'})")
-    flag("--ema", type=number(float, 0, 1), metavar="DECAY", help="average the weights, such as 0.999: for best.pt")
+    flag("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help="test and save averaged weights, such as 0.999")
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all random numbers (default: 0)")
     flag("--out", help="where the run is written (default: runs/METHOD-DATASET-sSEED)")
     flag("--resume", action="store_true", help="continue from OUT/last.pt, if there is one")
     flag("--limit", type=number(int, 1), metavar="N", help="use N training images, including the held-out ones")
     flag("--workers", type=number(int, 0, 256), help="processes that read images from folders (default: one per core)")
-    flag("--device", type=device_flag, default=default_device(), help="cpu, cuda or cuda:N (default: %(default)s)")
+    flag("--device", type=device_flag, default="auto", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     flag("--amp", action=on_off, help="bfloat16 backbone (default: on devices that have it natively)")
     flag("--compile", action=on_off, help="torch.compile the model (default: on CUDA)")
     flag("--sync-bn", action="store_true", help="batch norm over all ranks of torchrun (CUDA only)")
@@ -607,8 +602,10 @@ RESUME_MAY_CHANGE = {"epochs", "iterations", "resume", "out", "data_dir", "worke
 def build_model(args: argparse.Namespace, data: Data, **options: object) -> models.Classifier:
     """models.build_model for this dataset, initialized from --seed. Raises UserError."""
     if not len(data.train) or data.num_classes < 2:
-        few = f"{len(data.val)} training images of {data.num_classes} class(es)"
-        raise UserError(f"{data.source}: {few} are too few: at least 100 are held out to select best.pt")
+        found = f"{len(data.train) + len(data.val)} training images, {data.num_classes} class(es)"
+        raise UserError(
+            f"{data.source}: {found}; needed: over 100 images, as so many are held out, of 2 classes or more"
+        )
     torch.manual_seed(args.seed)
     shape = dict(num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size)
     try:
@@ -620,15 +617,13 @@ def build_model(args: argparse.Namespace, data: Data, **options: object) -> mode
 class Run:
     """What every training loop needs around it: device, batches, optimizer, schedule, log, checkpoints, resume.
 
-    With `replays` each batch comes that many times in a row (FreeAT); `natural` says that the loss sees no adversarial
-    images. args.out receives args.json, log.csv, last.pt and best.pt: the epoch of the best held-out PGD accuracy, in
-    natural training of the best clean accuracy (PGD may measure only gradient masking there). `criterion`, a loss with
-    parameters, is trained and saved beside the model. A script may set run.optimizer before epochs(); the schedule
-    scales the rate of each of its groups. With --ema the averaged weights are tested, and are the model of checkpoints.
+    `criterion` is a loss with parameters, trained and saved beside the model. With `replays` each batch comes that many
+    times in a row (FreeAT). `natural` says that the loss sees no adversarial images: best.pt is then the epoch of the
+    best held-out clean accuracy, else of PGD's. A script may set run.optimizer before epochs(); the schedule scales the
+    rate of each of its groups. With --ema a checkpoint's model is the average, and it holds the trained weights too.
     All random numbers of a batch follow from (seed, epoch, batch, rank), so a resumed run ends bit for bit where an
-    uninterrupted one does (on a CPU). SIGTERM and Ctrl-C let the batch finish and save the place in the epoch, with
-    run.carry, the tensors that a script hands on from batch to batch. SIGKILL, or any signal to one of several ranks,
-    costs the epoch."""
+    uninterrupted one does (on a CPU). SIGTERM and Ctrl-C save the place in the epoch, with run.carry, the tensors that
+    a script hands from batch to batch. SIGKILL, or a signal to one of several ranks, costs the epoch."""
 
     def __init__(self, args, model: models.Classifier, data: Data, criterion=None, replays=1, natural=False):
         self.args, self.data, self.out, self.replays, self.natural = args, data, Path(args.out), replays, natural
@@ -653,7 +648,7 @@ class Run:
         parameters = [*model.parameters(), *self.criterion.parameters()]
         self.optimizer = OPTIMIZERS[args.optimizer](parameters, args.lr, weight_decay=args.weight_decay)
         self.epoch, self.iteration, self.history, self.signal = 0, 0, [], None
-        self.begun, self.saved = {}, {}  # a stopped epoch, and the state of the optimizer, to continue from
+        self.begun, self.resumed = {}, {}  # what to continue from: a stopped epoch, a checkpoint
         self.selection_metric = itemgetter(*("val_clean", "val_robust") if natural else ("val_robust", "val_clean"))
         if (self.out / "last.pt").exists():
             self._resume(self.out / "last.pt")
@@ -663,7 +658,7 @@ class Run:
         self.y = data.y_train.to(args.device)
         if isinstance(data.x_train, ImageFiles):
             data.x_train.workers = args.workers
-        else:  # small images live on the device as uint8
+        else:  # small images live on the device
             self.x = (F.pad(data.x_train, [4] * 4) if args.augment else data.x_train).to(args.device)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.method} on {data.name} ({data.source}); {args.arch}, {size:.2f} M parameters, on {args.device}")
@@ -679,8 +674,7 @@ class Run:
         for key, old in content["args"].items():
             new = getattr(self.args, key, None)
             if (key == "epochs" and new < old) or (key not in RESUME_MAY_CHANGE and new != old):
-                flag = "--" + key.replace("_", "-")
-                raise UserError(f"--resume: {flag} was {old}, now {new}; keep it, or choose another --out")
+                raise UserError(f"--resume: --{key.replace('_', '-')} was {old}, now {new}; or choose another --out")
         old, new = models.DEFAULTS | content["model_options"], models.DEFAULTS | self.model.options
         for key in old | new:
             if old.get(key) != new.get(key):
@@ -688,13 +682,12 @@ class Run:
                 raise UserError(f"--resume: {key} of the network was {old.get(key)}, now {new.get(key)}{why}")
         self._load(self.model, content.get("trained", content["model"]))
         self._load(self.criterion, content.get("criterion", {}))
+        self.epoch, self.history, self.begun = content["epoch"], content["history"], content["begun"]
+        batches, self.resumed = self.begun.get("batches", 0), content
+        self.iteration = self.epoch * self.steps_per_epoch + batches * self.replays
         if self.average:
             self._load(self.evaluated, content["model"])
-            self.average.n_averaged += 1  # or the first step would begin it again
-        self.saved = content["optimizer"]
-        self.epoch, self.history, self.begun = content["epoch"], content["history"], content["begun"]
-        batches = self.begun.get("batches", 0)
-        self.iteration = self.epoch * self.steps_per_epoch + batches * self.replays
+            self.average.n_averaged += self.iteration > 0  # at 0, AveragedModel copies the weights of its first step
         print(f"resumed after epoch {self.epoch} and {batches} batches, of {self.args.epochs} epochs")
 
     def _load(self, target: torch.nn.Module | torch.optim.Optimizer, state: dict) -> None:
@@ -721,11 +714,14 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to do, counted from 1."""
-        if self.saved:  # of an optimizer that the script may have set only now
-            for group, saved in zip(self.optimizer.param_groups, self.saved["param_groups"], strict=False):
-                saved["initial_lr"] = group["lr"]
-            self._load(self.optimizer, self.saved)
-            self.saved = {}
+        if self.resumed:  # now, because the script may have set an optimizer of its own
+            name, saved = type(self.optimizer).__name__, self.resumed["optimizer"]
+            if self.resumed.get("optimizer_class", name) != name:
+                raise UserError(f"--resume: the optimizer was {self.resumed['optimizer_class']}, now {name}")
+            for group, old in zip(self.optimizer.param_groups, saved["param_groups"], strict=False):
+                old["initial_lr"] = group["lr"]  # older files have none
+            self._load(self.optimizer, saved)
+            self.resumed = {}
         stops = (signal.SIGINT, signal.SIGTERM) if self.ranks == 1 else ()
         usual = {number: signal.signal(number, self._on_signal) for number in stops}
         try:
@@ -766,6 +762,11 @@ class Run:
                 yield to_float(x), self.y[rows[batch]]
         self._stop_if_signalled(len(rows))
 
+    @property
+    def share_done(self) -> float:
+        """The share of the run that is done, in [0, 1): what its schedule depends on."""
+        return self.iteration / (self.steps_per_epoch * self.args.epochs)
+
     def warmup(self, value: float) -> float:
         """eps or step size in this step: it rises linearly to `value` over the first --eps-warmup epochs."""
         steps = self.args.eps_warmup * self.steps_per_epoch
@@ -773,12 +774,13 @@ class Run:
 
     def step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
         """Backward, optimizer, schedule; `logits` on the images trained on give the running accuracy."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for module in (self.model, self.criterion):
+            module.zero_grad(set_to_none=True)
         loss.backward()
-        groups, done = self.optimizer.param_groups, self.iteration / (self.steps_per_epoch * self.args.epochs)
+        groups = self.optimizer.param_groups
         all_mean([p.grad for group in groups for p in group["params"] if p.grad is not None])
         for group in groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * SCHEDULES[self.args.schedule](done)
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * SCHEDULES[self.args.schedule](self.share_done)
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.model)
@@ -788,15 +790,16 @@ class Run:
 
     def _check_finite(self) -> None:
         """Raises UserError if a loss of this epoch, or a weight after its last step, is not finite."""
-        states = self.model.state_dict(), self.criterion.state_dict()
-        if not all(tensor.isfinite().all() for state in ({"": self.totals}, *states) for tensor in state.values()):
+        tensors = [self.totals, *self.model.state_dict().values(), *self.criterion.parameters()]
+        if not all(tensor.isfinite().all() for tensor in tensors):
             raise UserError(f"loss or gradient not finite in epoch {self.epoch} (not saved): try a smaller --lr")
 
-    def finish_epoch(self) -> None:
-        """Held-out accuracy, a line, log.csv, best.pt and last.pt. Raises UserError if the loss was not finite."""
-        buffers = [*self.model.named_buffers(), *self.evaluated.named_buffers()]
-        batch_norm = [buffer for name, buffer in buffers if "running" in name]
-        all_mean([self.totals, *batch_norm, *self.criterion.buffers()])
+    def finish_epoch(self, **figures: float) -> None:
+        """Held-out accuracy, a line, log.csv, best.pt and last.pt; `figures` of the script are logged too. Raises
+        UserError if the loss was not finite."""
+        nets = (self.model, self.evaluated) if self.average else (self.model,)
+        batch_norm = [buffer for net in nets for name, buffer in net.named_buffers() if "running" in name]
+        all_mean([self.totals, *batch_norm, *(b for b in self.criterion.buffers() if b.is_floating_point())])
         self._check_finite()
         loss, correct, count = (self.totals * self.ranks).tolist()
         seconds = time.perf_counter() - self.started
@@ -805,7 +808,7 @@ class Run:
             print("warning: the held-out accuracy is that of one class for all: try a smaller --lr", file=sys.stderr)
         row = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], "loss": loss / count}
         row |= {"train_accuracy": 100 * correct / count, "val_clean": clean, "val_robust": robust}
-        row |= {"images_per_s": count / seconds, "seconds": seconds}
+        row |= figures | {"images_per_s": count / seconds, "seconds": seconds}
         best = all(self.selection_metric(row) > self.selection_metric(old) for old in self.history)
         self.history.append(row)
         lines = [",".join(self.history[0]), *(",".join(f"{v:.6g}" for v in row.values()) for row in self.history)]
@@ -840,5 +843,9 @@ class Run:
         facts |= {"epoch": self.epoch, "history": self.history, "hardware": hardware(self.args.device)}
         state = {"model": self.evaluated.state_dict(), "criterion": self.criterion.state_dict()}
         state |= {"trained": self.model.state_dict()} if self.average else {}
-        state |= {"optimizer": self.optimizer.state_dict(), "begun": {}}
+        state |= {
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": type(self.optimizer).__name__,
+            "begun": {},
+        }
         return {"format": FORMATS[-1], "torch": str(torch.__version__)} | facts | state

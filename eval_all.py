@@ -133,15 +133,25 @@ def pgd_fn(model, x, y, **budget):
 cw_inf = partial(pgd, loss=cw_margin)  # Carlini & Wagner 2017 in the ball: PGD on the margin (Angular-AT, Sec. 5)
 
 
+def towards(logits: Tensor, target: Tensor) -> Tensor:
+    return -cross_entropy(logits, target)
+
+
+def target_logit(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.gather(1, target[:, None]).squeeze(1)
+
+
 def mta(model, x, y, **budget):
-    """Multi-target attack (WeightPen, Sec. 4): PGD towards each wrong class, likeliest first, until one succeeds."""
+    """Multi-target attack (WeightPen, Sec. 4): PGD towards each wrong class, likeliest first, until one succeeds. On an
+    MMC model it minimizes the MMC loss of the target, which is minus the target's logit."""
+    mmc = isinstance(getattr(model, "fc", None), models.MMCHead)
     targets = model(x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1]  # without y
     x_adv, remaining = x.clone(), torch.arange(len(x), device=x.device)
     for target in targets.T:
         if not len(remaining):
             break
         aim = target[remaining]  # takes the place of y
-        tried = common.pgd(model, x[remaining], aim, loss=lambda logits, aim: -cross_entropy(logits, aim), **budget)
+        tried = common.pgd(model, x[remaining], aim, loss=target_logit if mmc else towards, **budget)
         wrong = common.fooled(model(tried), y[remaining])
         x_adv[remaining[wrong]] = tried[wrong]
         remaining = remaining[~wrong]
@@ -348,7 +358,10 @@ def transferred(model, x, y, *, source, attack, **budget):
     return attack(source, x, y, loss=training_loss(source), early_stop=False, **budget)
 
 
-def autoattack(model, x, y, *, eps, norm="linf", parts=("apgd-ce", "apgd-t", "fab-t", "square"), queries=5000, **_):
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+
+
+def autoattack(model, x, y, *, eps, norm="linf", parts=STANDARD, queries=5000, fab_steps=100, **_):
     """AutoAttack (Croce & Hein 2020), standard version, or some of its parts, by the authors' package pyautoattack.
     APGD-T and FAB-T aim at 9 classes, or at all K - 1 others. APGD-T's DLR loss needs four classes: with fewer
     `autoattack` leaves it out and says so, and apgd-t alone raises UserError."""
@@ -362,7 +375,7 @@ def autoattack(model, x, y, *, eps, norm="linf", parts=("apgd-ce", "apgd-t", "fa
     adversary = AutoAttack(model, norm=norm.capitalize(), eps=eps, seed=torch.initial_seed() % 2**31, device=x.device)
     adversary.logger.setLevel("ERROR")  # its warnings, once per batch and class, are checks of the audit
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # or one dynamic model is found in all later ones
-    adversary.attacks_to_run, adversary.square.n_queries = list(parts), queries
+    adversary.attacks_to_run, adversary.square.n_queries, adversary.fab.n_iter = list(parts), queries, fab_steps
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
     trace = sys.gettrace()  # pyautoattack switches tracing off; debuggers and coverage need it
     try:
@@ -382,7 +395,8 @@ class Attack:
     steps: int | None = None  # `pgd-40` replaces it
     step_size: float | None = None  # `pgd-40@0.01` replaces it; None: the dataset's
     norms: tuple[str, ...] = ("linf", "l2")
-    random_start: bool = False  # what --restarts repeats
+    random_start: bool = False  # what restarts repeat
+    restarts: int | None = None  # `pgd-40@0.01x5` replaces it; None: --restarts
     minimal: bool = False  # looks for the nearest adversarial image, which may lie outside the ball
     bfloat16: bool = False  # what --amp may run in bfloat16; the others need exact logits to know when to stop
     needs: str | None = None  # of the model: "features" (x -> (B, d)), "fc" (a linear last layer), "four classes"
@@ -434,6 +448,7 @@ ATTACKS = {
     "apgd-ce": Attack(partial(autoattack, parts=["apgd-ce"]), random_start=True),
     "apgd-t": Attack(partial(autoattack, parts=["apgd-t"]), random_start=True, needs="four classes"),
     "fab-t": Attack(partial(autoattack, parts=["fab-t"])),
+    "fab": Attack(partial(autoattack, parts=["fab"], fab_steps=20)),
     "square": Attack(partial(autoattack, parts=["square"])),
     "autoattack": Attack(autoattack),
     "deepfool": Attack(deepfool, steps=50, minimal=True),
@@ -445,10 +460,12 @@ ATTACKS = {
 }
 PRESETS = {
     "quick": "noise fgsm pgd-20 pgd-20-scaled cw-inf",
-    "he": "fgsm mim-20 pgd-20 pgd-50 pgd-500 deepfool-100 cw-inf feature fab-t adaptive-pgd-20 adaptive-pgd-500 "
-    "autoattack rays zoo spsa-20 spsa-50 spsa-80 nes-20 nes-50 nes-80",  # Tables 2, 3, 6 and 8, and Sec. 4.1
+    "he": "fgsm mim-20 pgd-20 pgd-500 deepfool-100 cw-inf feature-100 fab adaptive-pgd-20 adaptive-pgd-500 "
+    "autoattack rays zoo spsa-20 spsa-50 spsa-80 nes-20 nes-50 nes-80",  # Tables 2, 6 and 8, and Sec. 4.1
+    "he-fast": "pgd-50@2/255x10",  # Table 3: FreeAT and FastAT on CIFAR-10, as in the authors' code
+    "he-imagenet": "pgd-10 pgd-50",  # Table 4
     "angular_at": "pgd-20 pgd-500 cw-inf autoattack spsa-80",  # Tables 1 and 5
-    "dsphere": "fgsm pgd-100",  # Tables 1 and 2
+    "dsphere": "fgsm pgd-100@0.01",  # Tables 1 and 2
     "weightpen": "pgd-20@0.0031 pgd-100@0.0031 deepfool cw-l2 mta-100@0.0031",  # Table 5, CIFAR-10
     "weightpen-mnist": "pgd-40@0.01 pgd-200@0.01 deepfool cw-l2 mta-200@0.01",  # Table 4
     "abcl": "bim-20 fgsm-l2",  # Appendix
@@ -456,6 +473,9 @@ PRESETS = {
 }
 PAPER = {"angular": "angular_at", "dsphere": "dsphere", "cnn": "dsphere", "abcl": "abcl"}  # by method; else "he"
 PAPER |= {"weightpen": "weightpen", "mart": "weightpen", "mmc": "weightpen"}
+PAPER |= {("weightpen", "mnist"): "weightpen-mnist", ("he", "imagenet"): "he-imagenet"}
+PAPER |= {(method, "cifar10"): "he-fast" for method in ("fast", "free")}
+PRESET_EPS = dict.fromkeys([("dsphere", "cifar10"), ("weightpen", "cifar10"), ("he-fast", "cifar10")], 8 / 255)
 DEFAULTS = {  # Linf eps and step size, L2 eps, of the papers' evaluations; those of digits are ours
     "digits": (0.1, 0.01, 0.5),
     "mnist": (0.3, 0.01, 3.0),
@@ -499,26 +519,45 @@ class Settings:
 
 
 def find_attack(name: str) -> Attack:
-    """One of ATTACKS, with another number of steps (pgd-40) or step size (pgd-40@0.01)."""
-    plain, at, step_size = name.partition("@")
+    """One of ATTACKS, with another number of steps (pgd-40), step size (pgd-40@0.01) or restarts (pgd-40@0.01x5)."""
+    restarts = re.search(r"(?<=\d)x(\d+)$", name)
+    plain, at, step_size = name.removesuffix(restarts[0] if restarts else "").partition("@")
     steps, without = re.search(r"-([1-9]\d*)", plain), re.sub(r"-[1-9]\d*", "", plain, count=1)
     alike = {re.sub(r"-\d+", "", known): attack for known, attack in ATTACKS.items() if attack.steps}
     attack = ATTACKS.get(plain) or (alike.get(without) if steps else None)
     if not attack:
         raise common.UserError(f"unknown attack {name!r}: choose from {', '.join([*PRESETS, 'paper', *ATTACKS])}")
+    if restarts and not attack.random_start:
+        raise common.UserError(f"attack {name!r}: {plain} has no random start to repeat")
     if at and (not attack.steps or attack.minimal):
         raise common.UserError(f"attack {name!r}: {plain} takes no step size")
     attack = replace(attack, steps=int(steps[1])) if steps and attack.steps else attack
+    attack = replace(attack, restarts=common.number(int, 1)(restarts[1])) if restarts else attack
     return replace(attack, step_size=common.number(float, 1e-6)(step_size)) if at else attack
+
+
+def paper_preset(model: Model, dataset: str | None) -> str:
+    """The preset of the paper in which the checkpoint's method is evaluated on this dataset."""
+    method = model.meta.get("method", "").split("_")[0]
+    paper = PAPER.get((method, dataset)) or PAPER.get(method, "he")
+    return PAPER.get((paper, dataset), paper)
+
+
+def preset_eps(text: str, targets: list[Model], dataset: str | None) -> float | None:
+    """The Linf eps that the papers of the presets in --attacks have on this dataset, if it is not that of DEFAULTS."""
+    names = set(map(str.strip, text.split(",")))
+    papers = {paper_preset(model, dataset) for model in targets} if "paper" in names else set()
+    found = {PRESET_EPS.get((name, dataset)) for name in names & PRESETS.keys() - {"quick", "all"} | papers}
+    if len(found) > 1:
+        raise common.UserError("the papers of these presets have different eps: give --eps")
+    return found.pop() if found else None
 
 
 def select_attacks(text: str, targets: list[Model], settings: Settings, image: Tensor) -> dict[str, Attack]:
     """The attacks of --attacks, names and presets separated by commas, after clean. An attack that does not fit the
     norm or a model is skipped in a preset, with a message, and raises UserError if it was named."""
-    presets, attacks = PRESETS | {"paper": ""}, {"clean": ATTACKS["clean"]}
-    for model in targets:
-        paper = PAPER.get(model.meta.get("method", "").split("_")[0], "he")
-        presets["paper"] += " " + PRESETS.get(f"{paper}-{settings.dataset}", PRESETS[paper])
+    attacks = {"clean": ATTACKS["clean"]}
+    presets = PRESETS | {"paper": " ".join(PRESETS[paper_preset(model, settings.dataset)] for model in targets)}
     for part in map(str.strip, text.split(",")):
         for name in presets.get(part, part).split() or [part]:
             attack = find_attack(name)
@@ -603,7 +642,7 @@ def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tens
     prediction = predict(model, x_adv)
     distance = torch.where(prediction == y, math.inf, distance)
     verdicts = {
-        "x_adv": x_adv.cpu(),
+        "x_adv": torch.where(inside[:, None, None, None], x_adv, x).clamp(0, 1).cpu(),  # what a file keeps
         "prediction": prediction.cpu(),
         "correct": ((prediction == y) | ~inside).cpu(),
         "distance": distance.cpu(),
@@ -620,8 +659,8 @@ def run_attack(name, attack: Attack, model, x: Tensor, y, correct, settings: Set
     result = {"correct": correct.clone(), "prediction": y.cpu().clone(), "distance": torch.full(y.shape, math.inf)}
     result |= dict.fromkeys(("queries", "nonfinite", "seconds"), 0)
     result |= {"x_adv": common.images_at(x, torch.arange(len(y)), "cpu")} if keep else {}
-    stem = file_stem(name) + f"-{fingerprint(name, attack.identity())}" + "-x_adv" * keep
-    for restart in range(settings.restarts if attack.random_start else 1):
+    stem = ("x_adv-" if keep else "") + file_stem(name, attack)  # without the images a batch is attacked again
+    for restart in range((attack.restarts or settings.restarts) if attack.random_start else 1):
         remaining = result["correct"].nonzero().flatten()
         order = torch.randperm(len(remaining), generator=torch.Generator().manual_seed(settings.seed))
         batches = remaining[order].split(settings.batch_size) if len(remaining) else ()
@@ -649,9 +688,9 @@ def run_attack(name, attack: Attack, model, x: Tensor, y, correct, settings: Set
     return result
 
 
-def file_stem(name: str) -> str:
-    """An attack's name as part of a file's name."""
-    return re.sub(r"[^\w@.-]+", "_", name)[:80]
+def file_stem(name: str, attack: Attack) -> str:
+    """What the files of an attack with these settings begin with."""
+    return re.sub(r"[^\w@.-]+", "_", name)[:80] + f"-{fingerprint(name, attack.identity())}"
 
 
 def fingerprint(*items: object) -> str:
@@ -735,14 +774,14 @@ def evaluate(
     result |= asdict(settings) | (about or {}) | {"weights": weights}
     with common.frozen_eval(model):
         for name, attack in {"clean": ATTACKS["clean"], **attacks}.items():
-            images, keep = own / f"x_adv-{file_stem(name)}.npz", save_adversarial and name != "clean"
+            kept, keep = own / f"x_adv-{file_stem(name, attack)}.npz", save_adversarial and name != "clean"
             known = result["attacks"].get(name, {}).get("identity") == attack.identity()
-            if not known or (keep and not images.exists()):
+            if not known or (keep and not kept.exists()):
                 correct = torch.from_numpy(result["verdicts"].get("clean", np.ones(len(y), dtype=bool)))
                 outcome = run_attack(name, attack, model, x, y, correct, settings, own, keep)
                 add_result(result, name, attack, outcome, int(correct.sum()), settings)
                 if keep:
-                    write_arrays(images, x_test=outcome["x_adv"], y_test=y.cpu(), index=index)
+                    write_arrays(kept, x_test=outcome["x_adv"], y_test=y.cpu(), index=index)
                 write_results(result, own)
         if audit and "audit" not in result:
             result["audit"] = [check._asdict() for check in run_audit(model, x, y, settings, own)]
@@ -866,7 +905,7 @@ def user_model(text: str) -> nn.Module:
     return model
 
 
-PUBLISHED = (  # names in the files of MART, FastAT and others, and here: tried in this order until one is known
+PUBLISHED = (  # names in the files of MART, FastAT and others, and here: replaced in turn, until the name is known
     (r"^((module|model|_orig_mod)\.)+", ""),
     (r"^linear\.", "fc."),
     (r"^layer(\d)\.", lambda match: f"layers.{int(match[1]) - 1}."),  # resnet18
@@ -877,22 +916,26 @@ PUBLISHED = (  # names in the files of MART, FastAT and others, and here: tried 
 
 
 def load_published(path: str | Path, device: str = "cpu", **options: object) -> tuple[models.Classifier, dict]:
-    """The model of a bare state dict, in eval mode; options as in models.build_model, num_classes by default as in it.
+    """The model of a bare state dict, in eval mode; options as in models.build_model, num_classes read from the file.
 
     The weights may be the entry state_dict, model, net or model_state_dict, under our names or PUBLISHED ones. What no
     layer uses is named on stderr. Reads checkpoints of this project too. Raises common.UserError if they do not fit."""
     content = common.read_file(Path(path))
     if content.get("format") in common.FORMATS:
+        print(f"{path} says itself what it is: --arch, --head, --scale, ... do not change it", file=sys.stderr)
         return common.load_checkpoint(path, device)
-    entries = ("state_dict", "model", "net", "model_state_dict")
-    state, renamed = next((content[key] for key in entries if key in content), content), {}
+    entries = [content.get(key) for key in ("state_dict", "model", "net", "model_state_dict")]
+    state, renamed = next((entry for entry in entries if isinstance(entry, dict)), content), {}
     try:
         classes = (len(value) for name, value in state.items() if re.search(r"\b(fc|linear)\.weight$", name))
-        model = models.build_model(**{"num_classes": next(classes, 0)} | options)
+        model = models.build_model(**{"num_classes": next(classes, None)} | options)
         names, layers = model.state_dict().keys(), {name for name, _ in model.named_children()} - {"normalize"}
-        for name, value in state.items():
+        for key, value in state.items():
+            name = key
             for published, ours in PUBLISHED:
                 name = name if name in names else re.sub(published, ours, name)
+            if name in renamed:
+                raise ValueError(f"{key} is there twice")
             renamed[name] = value
         missing, unused = model.load_state_dict(renamed, strict=False)
         wrong = [name for name in missing if not name.endswith("num_batches_tracked")]
@@ -902,7 +945,7 @@ def load_published(path: str | Path, device: str = "cpu", **options: object) -> 
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise common.UserError(f"{path}: not the weights of {options.get('arch')} ({str(error)[:200]})") from None
     if unused:
-        advice = "if these are mean and std of the images, give --normalize"
+        advice = "the mean and std of the images? see --normalize"
         print(f"warning: {path}: not used: {', '.join(unused)[:200]} ({advice})", file=sys.stderr)
     return model.to(device, memory_format=torch.channels_last).eval(), {"model_options": model.options}
 
@@ -969,9 +1012,9 @@ def disable_tf32() -> None:
 
 def write_arrays(path: Path, **arrays: np.ndarray | Tensor) -> None:
     """An .npz, by the first rank."""
-    content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
     if not common.rank_and_count()[0]:
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
         common.write_file(content.getbuffer(), path)
 
 
@@ -1017,11 +1060,11 @@ def print_table(results: list[dict]) -> None:
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> dict:
     """Accuracy of b minus that of a, both (N,) bool on the same images, in points, with the 95 % interval of Agresti &
-    Min 2005 (Wald's, with half an image more in both discordant cells) and p of McNemar's exact two-sided test."""
+    Min 2005 (Wald's, with half an image more in each of the four cells) and p of McNemar's exact two-sided test."""
     gained, lost, n = int((b & ~a).sum()), int((a & ~b).sum()), len(a)
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     spread = 1.96 * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2))
-    low, high = (100 * (gained - lost + side * spread) / (n + 2) for side in (-1, 1))
+    low, high = (max(-100, min(100, 100 * (gained - lost + side * spread) / (n + 2))) for side in (-1, 1))
     return {"difference": 100 * (gained - lost) / n, "low": low, "high": high, "p": p}
 
 
@@ -1078,11 +1121,15 @@ def shared_parser(doc: str) -> common.Parser:
     flag("--eps", type=number(float, 0), help="in pixel units (default: the papers': mnist 0.3, cifar 0.031)")
     flag("--batch-size", type=number(int, 1), default=250, help="(default: 250)")
     flag("--seed", type=number(int, 0, 2**31), default=0, help="(default: 0)")
-    flag("--device", type=common.device_flag, default=common.default_device(), help="(default: %(default)s)")
+    flag("--device", type=common.device_flag, default="auto", help="(default: cuda if there is a GPU)")
     flag("--out", help="(default: a folder beside the checkpoint; for several models, here)")
     flag("--arch", help="such as wrn-34-10; this and what follows is for a bare state dict")
     flag("--head", default="linear", choices=("linear", "he", "mhe"), help="(default: linear)")
-    flag("--scale", type=number(float, 0), help="s of the training loss, of HE's README 10 (default: 15, linear 1)")
+    flag(
+        "--scale",
+        type=number(float, 0),
+        help="s of the training loss (default: 15, linear 1; the HE authors' README: 10)",
+    )
     flag("--margin", type=number(float, 0), help="m of the training loss (default: he 0.2, mhe 0.1, linear 0)")
     flag("--normalize", action=on_off, help="CIFAR-10's mean and std in the network (default: on for he and mhe)")
     return parser
@@ -1150,6 +1197,8 @@ def main(argv: list[str] | None = None) -> None:
     y, out, results = data.y_test[index].to(args.device), output_folder(args, found, "eval"), []
     options = {key: vars(args)[key] for key in ("eps", "norm", "step_size", "restarts", "batch_size", "seed", "amp")}
     options |= {"dataset": data.known, "index": index, "audit": args.audit, "save_adversarial": args.save_adversarial}
+    if args.eps is None and args.norm == "linf":
+        options["eps"] = preset_eps(args.attacks, found, data.known)
     settings, image = Settings(norm=args.norm, dataset=data.known), common.images_at(x, torch.arange(1), args.device)
     attacks = select_attacks(args.attacks, found, settings, image) | transfer_attacks(sources)
     for model in found:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEADS = ("linear", "he", "mhe", "mmc", "sphere", "sphere_wm")
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "prelu": nn.PReLU, "leaky_relu": nn.LeakyReLU}
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "prelu": nn.PReLU, "leaky_relu": nn.LeakyReLU, "none": nn.Identity}
 ARCHS = (
     "small_cnn, dsphere_mnist, dsphere_cifar, alexnet, resnet18, resnet32, preactresnet18, wrn-D-W (wrn-34-10); for "
     "ImageNet torchvision's resnet50, resnet152, wide_resnet50_2, wide_resnet101_2"
@@ -42,9 +42,8 @@ def import_torchvision() -> ModuleType:
         if "torchvision::nms does not exist" not in str(error):
             raise
         for operator in ("nms", "qnms"):
-            torch.library.define(
-                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{operator}", schema)
         import torchvision.transforms.v2
     return torchvision
 
@@ -61,17 +60,18 @@ def cosine(z: Tensor, weight: Tensor) -> Tensor:
 
 
 # g(w, x) of D-SphereNet, Sec. 4.1: cos(theta), truncated: min(1, ||x||) * cos(theta), and these functions of
-# cos(theta). Linear and sigmoid are of Liu et al. 2017. The quadratic one, below -1 for angles over 114 degrees, is cut
-# there, which the ReLU behind a hidden layer hides anyway.
+# cos(theta). Linear and sigmoid are of Liu et al. 2017. The quadratic one is cut at -1: below it, for a = 1 at angles
+# over 114 degrees, a ReLU would hide it anyway.
 SIGMOID_K = 0.5
 ANGULAR_FUNCTIONS = {
     "linear": lambda cos: 1 - arccos(cos) * (2 / math.pi),
     "sigmoid": lambda cos: (
         (2 * ((math.pi / 2 - arccos(cos)) / SIGMOID_K).sigmoid() - 1) / math.tanh(math.pi / 4 / SIGMOID_K)
     ),
-    "quadratic": lambda cos: (1 - (1 - cos).square()).clamp(min=-1),
+    "quadratic": lambda cos, a=1.0: (1 - a * (1 - cos).square()).clamp(min=-1),  # quadratic@0.5 has a = 0.5
 }
 CORRELATIONS = ("cosine", "truncated", *ANGULAR_FUNCTIONS)
+CORRELATION = "|".join(["inner", *CORRELATIONS]) + r"(@\d+\.?\d*)?"  # quadratic comes last
 TINY = 1e-8  # added to the squared norm: a zero patch has correlation 0 and a finite gradient
 
 
@@ -91,8 +91,9 @@ def correlate(product: Tensor, content: Tensor, correlation: str, manifold: str)
     """g from <w~, x> (B, K, ...), in its dtype, and the `channel_sum` over each x, (B, 1, ...)."""
     norm = (content + TINY).sqrt() if manifold == "sphere" else content + TINY**0.5
     factor = (norm.clamp(max=1) if correlation == "truncated" else 1) / norm
-    if correlation in ANGULAR_FUNCTIONS:  # in float32: an angle near 0 needs more digits than bfloat16 has
-        return ANGULAR_FUNCTIONS[correlation](product * factor).to(product.dtype)
+    name, _, a = correlation.partition("@")
+    if name in ANGULAR_FUNCTIONS:  # in float32: an angle near 0 needs more digits than bfloat16 has
+        return ANGULAR_FUNCTIONS[name](product * factor, *([float(a)] if a else [])).to(product.dtype)
     return product * factor.to(product.dtype)
 
 
@@ -201,6 +202,11 @@ class MMCHead(nn.Module):
         return -(z[:, None] - self.centers).square().sum(2) / 2
 
 
+class UnitLength(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1)
+
+
 class Classifier(nn.Module):
     """What every backbone shares. `build_model` sets all that is not the backbone's own: normalize, activation (the
     last one, where the backbone takes a choice), project, fc, scale, margin and options.
@@ -261,16 +267,7 @@ class SphereCNN(Classifier):
     widths are those of the three stages, each of `depth` 3x3 convolutions and a 2x2 max-pooling; then fc `hidden`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        image_size: int,
-        widths: list[int],
-        depth: int,
-        hidden: int,
-        correlation: str,
-        manifold: str,
-    ):
+    def __init__(self, in_channels: int, image_size: int, widths: list, depth: int, hidden: int, correlation, manifold):
         super().__init__()
         if image_size < 8:
             raise ValueError("the networks of D-SphereNet need images of at least 8 pixels")
@@ -287,7 +284,7 @@ class SphereCNN(Classifier):
         self.feature_dim = hidden
 
     def embed(self, x: Tensor) -> Tensor:
-        return F.relu(self.hidden(self.conv(x).flatten(1)))
+        return self.activation(self.hidden(self.conv(x).flatten(1)))
 
 
 class AlexNet(Classifier):
@@ -415,16 +412,16 @@ class ImageNetResNet(Classifier):
         return x.flatten(1)
 
 
-def make_backbone(arch: str, in_channels: int, image_size: int, correlation: str, manifold: str) -> Classifier:
+def make_backbone(arch: str, in_channels: int, image_size: int, hidden, correlation: str, manifold: str) -> Classifier:
     """The backbone called `arch`, without its head. Raises ValueError for an unknown name or an illegal size."""
     if arch in SQUARE_ARCHS and not isinstance(image_size, int):
         raise ValueError(f"arch {arch} needs square images, not {image_size}")
     if arch == "small_cnn":
         return SmallCNN(in_channels, image_size)
     if arch == "dsphere_mnist":
-        return SphereCNN(in_channels, image_size, [32, 64, 128], 2, 256, correlation, manifold)
+        return SphereCNN(in_channels, image_size, [32, 64, 128], 2, hidden or 256, correlation, manifold)
     if arch == "dsphere_cifar":
-        return SphereCNN(in_channels, image_size, [64, 128, 256], 3, 512, correlation, manifold)
+        return SphereCNN(in_channels, image_size, [64, 128, 256], 3, hidden or 512, correlation, manifold)
     if arch == "alexnet":
         return AlexNet(in_channels, image_size)
     if arch == "resnet32":
@@ -476,6 +473,8 @@ def build_model(
     center_norm: float = 1.0,
     correlation: str = "inner",
     manifold: str = "sphere",
+    hidden: int | None = None,
+    normalize_embedding: bool = False,
     mean: list[float] | None = None,
     std: list[float] | None = None,
 ) -> Classifier:
@@ -484,33 +483,34 @@ def build_model(
     scale (s) and margin (m) are those of the training loss: they change no logit here, and tell an attack what the
     model was trained with. fn and wn normalize features and weights under head he. activation is the last one before z,
     for small_cnn and the pre-activation networks. feature_dim projects z linearly to so many dimensions. center_norm is
-    the length of the centers of head mmc. correlation and manifold are D-SphereNet's g, for its networks and heads. All
-    convolutions are initialized here: load pretrained weights afterwards. Raises ValueError with what is wrong.
+    the length of the centers of head mmc. correlation and manifold are D-SphereNet's g, for its networks and heads,
+    hidden is the width of their last layer. normalize_embedding scales what feature_dim projects to length 1 (HT-SCE).
+    All convolutions are initialized here: load pretrained weights afterwards. Raises ValueError with what is wrong.
     """
     options = dict(locals())
-    if correlation not in ("inner", *CORRELATIONS) or manifold not in ("sphere", "simplex"):
-        raise ValueError(
-            f"correlation {correlation!r} on {manifold!r}: {', '.join(CORRELATIONS)}, on sphere or simplex"
-        )
+    if not re.fullmatch(CORRELATION, correlation) or manifold not in ("sphere", "simplex"):
+        raise ValueError(f"correlation {correlation!r} on {manifold!r}: one of {CORRELATION}, on sphere or simplex")
     if any(values is not None and len(values) != in_channels for values in (mean, std)):
         raise ValueError(f"mean and std need a value for each of {in_channels} channels")
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
     if (correlation == "inner") == (head in ("sphere", "sphere_wm")):
         raise ValueError(f"head {head} and correlation {correlation} do not go together")
-    model = make_backbone(arch, in_channels, image_size, correlation, manifold)
-    if correlation != "inner" and not isinstance(model, SphereCNN):
-        raise ValueError(f"arch {arch!r} has no sphere layers: choose dsphere_mnist or dsphere_cifar")
+    model = make_backbone(arch, in_channels, image_size, hidden, correlation, manifold)
+    if (correlation != "inner" or hidden) and not isinstance(model, SphereCNN):
+        raise ValueError(f"arch {arch!r} is no network of D-SphereNet: choose dsphere_mnist or dsphere_cifar")
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     model.normalize = Normalize(mean or [0.0] * in_channels, std or [1.0] * in_channels)
-    if activation != "relu" and not isinstance(model, SmallCNN | PreActResNet):
+    if activation != "relu" and not isinstance(model, SmallCNN | PreActResNet | SphereCNN):
         raise ValueError(f"arch {arch!r} takes no other last activation than relu")
     model.activation = ACTIVATIONS[activation]()
     model.project = nn.Identity()
     if feature_dim is not None:
         model.project, model.feature_dim = nn.Linear(model.feature_dim, feature_dim), feature_dim
+    if normalize_embedding:
+        model.project = nn.Sequential(UnitLength(), model.project)
     model.fc = make_head(head, model.feature_dim, num_classes, options)
     model.scale, model.margin, model.options = scale, margin, options
     return model

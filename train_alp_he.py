@@ -5,12 +5,14 @@ Paper: Pang et al., "Boosting Adversarial Training with Hypersphere Embedding", 
     x* = argmax of CE(s * f(x'), y) over the eps ball,  by PGD                                      (Eq. 3)
     minimize alpha * CE_m(f(x), y) + (1 - alpha) * CE_m(f(x*), y) + lambda * distance(f(x), f(x*))
 
-CE_m(f, y) = CE(s * (f - m * onehot(y)), y) (Eq. 6). The distance is the mean squared error between the two logit
-vectors, as in the authors' code (the paper writes an unsquared norm).
+CE_m(f, y) = CE(s * (f - m * onehot(y)), y) (Eq. 6). The distance is ||f(x) - f(x*)||, the mean over the batch, as in
+Table 1. --pairing-norm mse is the mean squared error, as in the authors' code: on cosines its gradient is far smaller
+than that of the cross-entropy, so that hardly any pairing is left.
 
 f = cos(theta) for --head he (Eq. 5), -theta for mhe (Sec. 3.5), W z + b for linear (s 1, m 0: Kannan et al. 2018).
 The margin m is in the training loss only. Examples are crafted in eval mode and trained on in train mode.
 
+The authors' README trains ALP + HE with s = 20 and m = 0.3; the paper has 15 and 0.2.
 Not as in the authors' code: it starts PGD from x + 0.001 * normal noise, this from a uniform point of the ball (their
 Sec. B.2); it overwrites W by W / ||W|| in each pass, this differentiates through the normalization (Eq. 4).
 
@@ -33,7 +35,10 @@ def alp(logits, logits_adv, y, args):
     """The outer loss of ALP in Table 1 for logits (B, K) on the clean and on the adversarial images."""
     clean = common.margin_ce(logits, y, args.scale, args.margin)
     adversarial = common.margin_ce(logits_adv, y, args.scale, args.margin)
-    return args.alpha * clean + (1 - args.alpha) * adversarial + args.pairing * F.mse_loss(logits, logits_adv)
+    distance = (logits - logits_adv).norm(dim=1).mean()
+    if args.pairing_norm == "mse":
+        distance = F.mse_loss(logits, logits_adv)
+    return args.alpha * clean + (1 - args.alpha) * adversarial + args.pairing * distance
 
 
 def parse_args(argv=None):
@@ -42,6 +47,7 @@ def parse_args(argv=None):
     flag, number = parser.add_argument, common.number
     flag("--alpha", type=number(float, 0, 1), default=0.5, help="share of the clean images (default: 0.5; HE's code)")
     flag("--pairing", type=number(float, 0), default=0.5, help="lambda of the distance (default: 0.5; Sec. 4)")
+    flag("--pairing-norm", choices=("l2", "mse"), default="l2", help="the distance (default: l2; Table 1)")
     args = parser.parse_args(argv)
     return common.finish_args(args, METHOD[args.head])
 

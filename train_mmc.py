@@ -4,13 +4,16 @@ Paper: Pang et al., "Rethinking Softmax Cross-Entropy Loss for Adversarial Robus
 
     minimize ||z - mu_y||^2 / 2
 
+The authors' code leaves out the 1/2, so its gradients are twice as large; Adam does not see the difference.
 mu_1 ... mu_K are fixed centers of length 10 whose pairwise cosines are all -1 / (K - 1); the nearest one is the
 prediction. model(x) gives -||z - mu_k||^2 / 2. z is a linear layer of the network (256 dimensions): the centers have
-negative coordinates, which no ReLU reaches. Natural training; --adversarial trains on PGD examples of the same loss.
+negative coordinates, which no ReLU reaches. With --feature-dim 0 z is the network's last ReLU itself, as in the row of
+the weight penalization paper. Natural training; --adversarial trains on PGD examples of the same loss.
 
     python train_mmc.py                                        # on the bundled digits
     python train_mmc.py --dataset mnist --adversarial
     python train_mmc.py --dataset cifar10                      # ResNet-32, 200 epochs
+    python train_mmc.py --dataset mnist --feature-dim 0 --lr 0.01 --schedule constant --epochs 400    # WeightPen's
 
 The weight penalization paper (Tables 2 and 4) quotes 92.70 clean / 24.80 under PGD-50 on CIFAR-10 with ResNet-32, and
 measures 89.55 clean / 35.98 under PGD-40 on MNIST with the small network.
@@ -35,13 +38,8 @@ def mmc_loss(logits, y):
 def parse_args(argv=None):
     parser = common.training_parser(__doc__, argv, OVERRIDES)
     flag, number = parser.add_argument, common.number
-    flag(
-        "--center-norm",
-        type=number(float, 0),
-        default=10.0,
-        help="of the centers (default: 10, C_MM; MMC, Sec. 4)",
-    )
-    flag("--feature-dim", type=number(int, 1), default=256, help="d, at least K - 1 (default: 256)")
+    flag("--center-norm", type=number(float, 0), default=10.0, help="of the centers (default: 10, C_MM; MMC, Sec. 4)")
+    flag("--feature-dim", type=number(int, 0), default=256, help="d, at least K - 1; 0: no projection (default: 256)")
     flag("--adversarial", action="store_true", help="train on PGD examples")
     args = parser.parse_args(argv)
     return common.finish_args(args, "mmc_at" if args.adversarial else "mmc")
@@ -50,7 +48,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     data = common.load_data(args.dataset, args.data_dir, args.limit)
-    head = dict(head="mmc", feature_dim=args.feature_dim, center_norm=args.center_norm)
+    head = dict(head="mmc", feature_dim=args.feature_dim or None, center_norm=args.center_norm)
     model = common.build_model(args, data, **head)
     run = common.Run(args, model, data, natural=not args.adversarial)
 

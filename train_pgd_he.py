@@ -14,6 +14,10 @@ Sec. B.2); it overwrites W by W / ||W|| in each pass, this differentiates throug
     python train_pgd_he.py                                     # HE on the bundled digits
     python train_pgd_he.py --dataset mnist --head linear       # plain PGD-AT
     python train_pgd_he.py --dataset cifar10 --head mhe        # WRN-34-10 with the paper's settings
+    python train_pgd_he.py --dataset cifar10 --head linear --eps 0 --steps 1    # natural training (Table 7)
+
+The paper says s = 15, the authors' README trains PGD + HE with --scale 10. Its results of AutoAttack and RayS (Table 6)
+are of networks with --weight-decay 5e-4. Without FN or WN (--no-fn, --no-wn) Eq. 12 has no s: give --scale 1.
 
 The paper on CIFAR-10, WRN-34-10, clean / PGD-20: PGD-AT 86.75 / 53.97, +HE 86.19 / 59.36, +m-HE 86.25 / 59.90.
 """

@@ -151,7 +151,7 @@ def accuracy_under(seeds: dict[int, Network], attack: str, columns: tuple[str, .
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
     """Accuracy of a minus that of b, both (N,) bool on the same images: in points with its interval (Wald's, with half
-    an image more in both discordant cells), and p of the exact two-sided McNemar test."""
+    an image more in each of the four cells), and p of the exact two-sided McNemar test."""
     gained, lost, n = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     spread = norm.ppf(0.975) * np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2))

@@ -13,6 +13,11 @@ import torch
 torch.set_num_threads(1)  # on networks this small two threads are slower than one
 
 
+@pytest.fixture(autouse=True)
+def no_gpu_that_torch_cannot_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "NVIDIA", tmp_path / "none")
+
+
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
     """cli("train_pgd_he", "--eps", "0.1") -> (exit code, stdout, stderr), run from an empty directory."""

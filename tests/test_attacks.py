@@ -148,16 +148,69 @@ def test_names_and_presets_make_one_list_that_begins_with_clean():
 
 
 @pytest.mark.parametrize("method, dataset, some", [
-    ("pgd_he", "mnist", "fgsm mim-20 pgd-500 deepfool-100 feature fab-t rays spsa-80 zoo"),
+    ("pgd_he", "mnist", "fgsm mim-20 pgd-500 deepfool-100 feature-100 fab rays spsa-80 zoo"),
+    ("pgd_he", "imagenet", "pgd-10 pgd-50"), ("free_he", "imagenet", "pgd-10 pgd-50"),
+    ("fast_mhe", "cifar10", "pgd-50@2/255x10"), ("free", "cifar10", "pgd-50@2/255x10"), ("fast", "mnist", "pgd-20 fab"),
     ("angular_at", "cifar10", "pgd-20 pgd-500 cw-inf autoattack spsa-80"),
-    ("dsphere_cosine_wm_pgd", "mnist", "fgsm pgd-100"), ("cnn", "mnist", "fgsm pgd-100"),
+    ("dsphere_cosine_wm_pgd", "mnist", "fgsm pgd-100@0.01"), ("cnn", "cifar10", "fgsm pgd-100@0.01"),
     ("weightpen", "mnist", "pgd-40@0.01 pgd-200@0.01 mta-200@0.01 cw-l2"),
     ("mmc_at", "cifar10", "pgd-20@0.0031 pgd-100@0.0031 mta-100@0.0031"),
     ("abcl", "cifar10", "bim-20 fgsm-l2"), ("", None, "autoattack"),
 ])  # fmt: skip
 def test_paper_is_what_the_methods_own_paper_reports(method, dataset, some):
     assert set(some.split()) <= set(selected("paper", method, dataset=dataset))
-    assert "pgd-100" in selected("paper", method, "cnn", dataset=dataset)  # several models
+    assert "pgd-100@0.01" in selected("paper", method, "cnn", dataset=dataset)  # several models
+
+
+@pytest.mark.parametrize("text, methods, dataset, eps", [
+    ("paper", ["pgd_he"], "cifar10", None), ("paper", ["cnn"], "cifar10", 8 / 255), ("paper", ["cnn"], "mnist", None),
+    ("paper", ["fast"], "cifar10", 8 / 255), ("paper, square", ["weightpen", "mart"], "cifar10", 8 / 255),
+    ("weightpen", ["pgd"], "cifar10", 8 / 255), ("quick,pgd-7", ["cnn"], "cifar10", None),
+])  # fmt: skip
+def test_a_presets_eps_is_that_of_its_paper(text, methods, dataset, eps):
+    targets = [eval_all.Model(method, None, {"method": method}) for method in methods]
+    assert eval_all.preset_eps(text, targets, dataset) == eps
+    with pytest.raises(common.UserError, match="different eps"):
+        eval_all.preset_eps("paper,he", [eval_all.Model("cnn", None, {"method": "cnn"})], "cifar10")
+
+
+def test_restarts_in_a_name_are_of_that_attack_alone():
+    """Beside --restarts, which are of the others."""
+    counts = {"pgd-2@2/255x4": 4, "pgd-2@0.01": 3, "noisex2": None, "pgd-2x5": 5}
+    calls = []
+
+    def counting(attack):
+        return replace(attack, run=lambda model, x, y, **_: calls.append(1) or x)
+
+    model = Net()
+    x, _ = images(3, model)
+    for name, expected in counts.items():
+        if expected is None:
+            with pytest.raises(common.UserError, match="unknown attack 'noisex2'"):
+                eval_all.find_attack(name)
+            continue
+        attack = eval_all.find_attack(name)
+        assert attack.step_size == {"pgd-2@2/255x4": 2 / 255, "pgd-2@0.01": 0.01}.get(name)
+        eval_all.evaluate(model, x, model(x).argmax(1), {name: counting(attack)}, eps=0.1, restarts=3)
+        assert len(calls) == expected
+        calls.clear()
+    with pytest.raises(common.UserError, match="no random start"):
+        eval_all.find_attack("deepfool-50x2")
+
+
+def test_fab_is_the_untargeted_one_with_20_iterations(monkeypatch):
+    seen = []
+
+    def perturb(fab, x, y):
+        seen.append((fab.targeted, fab.n_iter))
+        return x
+
+    monkeypatch.setattr("pyautoattack.fab_base.FABAttack.perturb", perturb)
+    model = Net()
+    x, _ = images(3, model)
+    for name in ("fab", "fab-t"):
+        ATTACKS[name](model, x, model(x).argmax(1), eps=0.1)
+    assert seen == [(False, 20), (True, 100)]
 
 
 def test_a_preset_skips_what_does_not_fit_and_a_name_is_an_error(capsys):

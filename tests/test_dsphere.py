@@ -97,13 +97,46 @@ def test_the_networks_have_the_published_layers():
     assert mnist.features(x).min() == 0 and mnist.conv[:2](x).min() == 0  # after their ReLU
 
 
+@pytest.mark.parametrize("correlation, flags", [("cosine", ["--loss", "wm"]), ("inner", [])])
+def test_features_in_the_plane_are_the_last_sphere_layer_itself(cli, tmp_path, correlation, flags):
+    """Fig. 2: two outputs in place of 256, without a ReLU or a linear layer behind them."""
+    flags += ["--correlation", correlation, "--feature-dim", "2", "--limit", "132", "--epochs", "1", "--steps", "1"]
+    assert cli("train_dsphere", *flags, "--batch-size", "32", "--out", tmp_path)[0] == 0
+    model, _ = common.load_checkpoint(tmp_path)
+    layer = torch.nn.Linear if correlation == "inner" else models.SphereLinear
+    assert type(model.hidden) is layer and isinstance(model.project, torch.nn.Identity)
+    x = torch.rand(50, 1, 8, 8)
+    z = model.features(x)
+    expected = model.hidden(model.conv(model.normalize(x)).flatten(1))
+    assert z.shape == (50, 2) and torch.allclose(z, expected, atol=1e-6) and z.min() < 0
+
+
+def test_the_multiplier_moves_at_a_rate_of_its_own_and_is_logged(cli, tmp_path):
+    flags = "--loss wm --limit 164 --batch-size 32 --steps 1 --schedule constant --multiplier-lr 0.5 --epochs".split()
+    for epochs, *more in ((1,), (2, "--resume")):
+        assert cli("train_dsphere", *flags, epochs, *more, "--out", tmp_path)[0] == 0
+    history = common.read_file(tmp_path / "last.pt")["history"]
+    found = [10.0, *(row["multiplier"] for row in history)]
+    assert abs(np.diff(found)).min() > 0.1 and history[-1]["lr"] == 2e-3 / 2  # of the other weights
+
+
+def test_the_curvature_of_the_quadratic_correlation(cli, refused, tmp_path):
+    x, layer = torch.rand(5, 8), models.SphereLinear(8, 3, correlation="quadratic@0.5", manifold="sphere")
+    cos = models.cosine(x, layer.weight)
+    torch.testing.assert_close(layer(x), 1 - 0.5 * (1 - cos) ** 2)
+    flags = "--correlation quadratic --quadratic-a 0.5 --limit 132 --epochs 1 --steps 1 --batch-size 32 --out".split()
+    assert cli("train_dsphere", *flags, tmp_path)[0] == 0
+    assert common.load_checkpoint(tmp_path)[0].fc.correlation == "quadratic@0.5"
+    assert "--quadratic-a is of" in refused("train_dsphere", "--quadratic-a", "2")
+
+
 def test_annealing_is_eq_8_and_its_weight_falls_to_a_floor():
     torch.manual_seed(0)
     z, g = torch.rand(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
     y, logits = torch.tensor([0, 1, 2, 0, 1, 2]), z.norm(dim=1, keepdim=True) * g
-    for iteration, weight in ((0, 10.0), (100, 5.0), (10**6, 0.1)):
+    for share, weight in ((0, 10.0), (100 / 30_000, 5.0), (9_900 / 30_000, 0.1), (1.0, 0.1)):
         expected = (F.cross_entropy(g, y) + weight * F.cross_entropy(logits, y)) / (1 + weight)
-        assert train_dsphere.annealed_ce(logits, z, y, iteration).item() == pytest.approx(expected.item(), rel=1e-9)
+        assert train_dsphere.annealed_ce(logits, z, y, share).item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_orthogonality_is_zero_on_orthogonal_kernels_alone():
@@ -130,13 +163,13 @@ def test_geodesic_statistics_are_stored_with_the_weights_they_belong_to(cli, mak
         assert meta["geodesic"]["std"] == pytest.approx([angles.std().item() for angles in mine], abs=1e-4)
 
 
-def test_iterations_become_whole_epochs_and_annealing_goes_by_them(cli, tmp_path, monkeypatch):
+def test_iterations_become_whole_epochs_and_annealing_goes_by_the_share_that_is_done(cli, tmp_path, monkeypatch):
     """Two steps an epoch; a resumed run goes on counting."""
     seen, annealed_ce = [], train_dsphere.annealed_ce
-    record = lambda logits, z, y, iteration: seen.append(iteration) or annealed_ce(logits, z, y, iteration)  # noqa: E731
+    record = lambda logits, z, y, share: seen.append(share) or annealed_ce(logits, z, y, share)  # noqa: E731
     monkeypatch.setattr(train_dsphere, "annealed_ce", record)
     flags = ["--limit", "180", "--batch-size", "40", "--steps", "1", "--loss", "annealing", "--out", tmp_path / "run"]
     for iterations, epochs in ((3, 2), (5, 3)):
         assert cli("train_dsphere", *flags, "--iterations", iterations, "--resume")[0] == 0
         assert common.read_file(tmp_path / "run" / "last.pt")["epoch"] == epochs
-    assert seen == [0, 1, 2, 3, 4, 5]
+    assert seen == pytest.approx([0, 1 / 4, 2 / 4, 3 / 4, 4 / 6, 5 / 6])

@@ -323,30 +323,63 @@ def test_several_models_are_compared_image_by_image_on_the_attacks_that_both_fac
         assert float(row["difference"]) == pytest.approx(100 * (second[attack] - first[attack]) / 60, abs=1e-3), attack
     table = text.partition("attack  ")[2].partition("\n\n")[0].splitlines()
     assert len({line.index(")") for line in table[1:]}) == 1 and f"{name} minus he, the same images" in text
-    a, b = (evaluate(Threshold(), *pixels, names, eps=0.1) | {"model": names} for names in ("fgsm,mta-20", "fgsm"))
-    assert [row["attack"] for row in eval_all.compare_models([a, b])] == ["clean", "fgsm", "worst case"]
+    verdicts = {"clean": [1, 1, 1, 1], "fgsm": [1, 1, 1, 0], "own": [0, 0, 1, 1], "fgsm-l2": [0, 0, 0, 0]}
+    verdicts = {name: np.array(each, bool) for name, each in verdicts.items()}
+    rows = {name: {"norm": "l2" if "l2" in name else "linf"} for name in verdicts}
+    a, b = ({"model": m, "norm": "linf", "attacks": dict(rows), "verdicts": dict(verdicts)} for m in "AB")
+    b["verdicts"] |= {"clean": ~verdicts["fgsm"], "fgsm": ~verdicts["fgsm"]}
+    del b["attacks"]["own"], b["verdicts"]["own"]  # only one of them faced it
+    found = {row["attack"]: row["difference"] for row in eval_all.compare_models([a, b])}
+    assert found == {"clean": -75, "fgsm": -50, "fgsm-l2": 0, "worst case": -50}
 
 
 def test_attacked_images_are_kept_and_are_a_dataset_for_other_models(cli, tmp_path):
     """Of an earlier evaluation too, which is then made again; a restart changes only what is still correct."""
-    he, attacks, out = GOLDEN / "he.pt", "fgsm,noise,bim-20", tmp_path / "out"
-    flags = ["--num-images", "40", "--eps", "0.3", "--restarts", "3", "--batch-size", "16", "--out", out]
+    he, attacks, out = GOLDEN / "he.pt", "fgsm,noise,bim-20,deepfool", tmp_path / "out"
+    flags = ["--num-images", "40", "--eps", "0.1", "--restarts", "3", "--batch-size", "16", "--out", out]
     assert cli("eval_all", he, "--attacks", attacks, *flags)[0] == 0
     before = figures(out)
     assert cli("eval_all", he, "--attacks", attacks, *flags, "--save-adversarial")[0] == 0 and figures(out) == before
     model, data = common.load_checkpoint(he)[0], common.load_data("digits")
     x, y = common.images_at(data.x_test, torch.tensor(before[1]["index"]), "cpu"), before[1]["label"]
     for name in attacks.split(","):
-        (file,) = out.glob(f"settings-*/x_adv-{name}.npz")
+        (file,) = out.glob(f"settings-*/x_adv-{name}-*.npz")
         with np.load(file) as kept:
             x_adv, moved = torch.from_numpy(kept["x_test"]), before[1]["clean"]
             assert kept["x_test"].dtype == np.float32 and kept["y_test"].tolist() == y
             assert kept["index"].tolist() == before[1]["index"]
-        assert (x_adv - x).abs().max() <= 0.3 + 1e-6 and ((x_adv != x).flatten(1).any(1).tolist()) == moved
+        assert (x_adv - x).abs().max() <= 0.1 + 1e-6  # DeepFool's images outside the ball are not kept
+        assert name == "deepfool" or ((x_adv != x).flatten(1).any(1).tolist()) == moved
         assert (model(x_adv).argmax(1) == torch.tensor(y)).tolist() == before[1][name], name
         code, _, err = cli("eval_all", he, "--dataset", file, "--attacks", "clean", "--out", tmp_path / "again" / name)
         assert code == 0, err
         assert figures(tmp_path / "again" / name)[1]["clean"] == before[1][name]
+
+
+def test_kept_images_are_those_of_the_attack_as_it_is_now(pixels, tmp_path):
+    """Also for names that differ only in what a file's name cannot hold; a rounding error above 1 is cut off."""
+    steps = {"a b": 0.04, "a_b": 0.05}
+    for factor in (1, 2):
+        attacks = {
+            name: Attack(partial(lambda model, x, y, step, **_: x + step, step=factor * step))
+            for name, step in steps.items()
+        }
+        for keep in (False, True):
+            evaluate(Threshold(), *pixels, attacks, eps=0.1, folder=tmp_path, save_adversarial=keep)
+    kept = [np.load(file)["x_test"] - pixels[0].numpy() for file in sorted(tmp_path.glob("settings-*/x_adv-a_b-*.npz"))]
+    assert sorted(delta.max().round(3) for delta in kept) == pytest.approx([0.04, 0.05, 0.08, 0.1])
+    nearly = Attack(lambda model, x, y, **_: torch.where(x > 0.9, 1 + 5e-7, x))
+    evaluate(
+        Threshold(),
+        torch.ones(2, 1, 2, 2),
+        torch.tensor([1, 1]),
+        {"edge": nearly},
+        eps=0.1,
+        folder=tmp_path,
+        save_adversarial=True,
+    )
+    (file,) = tmp_path.glob("settings-*/x_adv-edge-*.npz")
+    assert common.load_data(str(file)).x_test.max() == 1
 
 
 def test_eval_csv_has_six_digits_and_a_row_for_each_attack(pixels, tmp_path):

@@ -110,7 +110,8 @@ def test_amp_changes_the_backbones_precision_and_not_the_logits_dtype(small_mode
     ("needs both", dict(head="mhe", fn=False)), ("needs both", dict(head="mhe", wn=False)),
     ("correlation", dict(arch="dsphere_mnist", head="sphere")), ("correlation", dict(head="he", correlation="cosine")),
     ("correlation", dict(arch="dsphere_mnist", head="sphere", correlation="dot")),
-    ("no sphere layers", dict(head="sphere", correlation="cosine")),
+    ("no network of D-SphereNet", dict(head="sphere", correlation="cosine")), ("no network", dict(hidden=2)),
+    ("correlation", dict(arch="dsphere_mnist", head="sphere", correlation="cosine@2")),
     ("at least 64 pixels", dict(arch="resnet50")), ("color", dict(arch="resnet50", image_size=224, in_channels=1)),
 ])  # fmt: skip
 def test_what_cannot_be_built_is_a_value_error(complaint, options):
@@ -124,7 +125,8 @@ def test_a_released_default_never_changes():
     released |= dict(activation="relu", feature_dim=None, center_norm=1.0, correlation="inner", manifold="sphere")
     required = {"arch", "num_classes"}
     defaults = {key: value for key, value in models.DEFAULTS.items() if key not in required}
-    assert defaults == released | dict(mean=None, std=None) and required < models.DEFAULTS.keys()
+    released |= dict(hidden=None, normalize_embedding=False, mean=None, std=None)
+    assert defaults == released and required < models.DEFAULTS.keys()
 
 
 # The published TRADES / MART / HE WideResNet, from its names and the equations alone.
@@ -215,6 +217,16 @@ def test_the_published_names_of_resnets_load(tmp_path, capsys, arch, prefix):
     assert "not used: mu, sigma" in capsys.readouterr().err
 
 
+def test_of_several_entries_the_state_dict_counts_and_a_name_must_not_come_twice(tmp_path, capsys):
+    state = models.build_model("wrn-10-1", 3).state_dict()
+    torch.save({"model": "WideResNet", "net": state, "epoch": 3}, tmp_path / "net.pt")
+    model, _ = eval_all.load_published(tmp_path / "net.pt", arch="wrn-10-1")
+    assert torch.equal(model.fc.weight, state["fc.weight"]) and not capsys.readouterr().err
+    torch.save(state | {"module.fc.weight": state["fc.weight"]}, tmp_path / "net.pt")
+    with pytest.raises(common.UserError, match=r"module\.fc\.weight is there twice"):
+        eval_all.load_published(tmp_path / "net.pt", arch="wrn-10-1")
+
+
 @pytest.mark.parametrize("saved, read, complaint", [
     (dict(arch="wrn-16-1"), dict(arch="wrn-10-1"), "unexpected: block1.layer.1"),  # more layers than are built
     (dict(arch="wrn-10-1"), dict(arch="wrn-16-1"), "missing"),
@@ -235,7 +247,11 @@ def test_the_last_activation_bounds_the_features(arch):
         torch.manual_seed(0)
         model = models.build_model(arch, 10, 1, image_size=28, activation=activation)
         features[activation] = model.features(10 * torch.rand(4, 1, 28, 28))
-    assert features["relu"].min() >= 0 > features["tanh"].min() and features["tanh"].abs().max() <= 1
+    assert (
+        features["none"].min() < 0
+        and features["relu"].min() >= 0 > features["tanh"].min()
+        and features["tanh"].abs().max() <= 1
+    )
     assert (features["leaky_relu"] <= features["relu"]).all() and not torch.equal(features["prelu"], features["relu"])
 
 

@@ -96,9 +96,9 @@ def trades(f, s, m):
     return lambda net, y, x, x_adv: ce(f(net, x), y, s, m) + 6 * kl(s * f(net, x), s * f(net, x_adv))
 
 
-def alp(f, s, m):
+def alp(f, s, m, distance=lambda gap: gap.square().sum(1).sqrt().mean()):
     def objective(net, y, x, x_adv):
-        pairing = (f(net, x) - f(net, x_adv)).square().mean()
+        pairing = distance(f(net, x) - f(net, x_adv))
         return 0.5 * ce(f(net, x), y, s, m) + 0.5 * ce(f(net, x_adv), y, s, m) + 0.5 * pairing
 
     return objective
@@ -146,17 +146,22 @@ def overlap(net):
     return sum((kernel @ kernel.T - torch.eye(len(kernel))).square().sum() for kernel in kernels)
 
 
+def sphere(objective):
+    """The mean over the images given, clean and adversarial, and the orthogonality."""
+    return lambda net, y, *given: sum(objective(net, y, x) for x in given) / len(given) + 1e-4 * overlap(net)
+
+
 def w_softmax(net, y, x):
-    return ce(net.features(x).norm(dim=1, keepdim=True) * cos(net, x), y) + 1e-4 * overlap(net)
+    return ce(net.features(x).norm(dim=1, keepdim=True) * cos(net, x), y)
 
 
 def weight_multiplier(net, y, x):
-    return ce(net.fc.multiplier.abs() * cos(net, x), y) + 0.01 * net.fc.multiplier.abs() + 1e-4 * overlap(net)
+    return ce(net.fc.multiplier.abs() * cos(net, x), y) + 0.01 * net.fc.multiplier.abs()
 
 
 def annealing(net, y, x):
     lengths = net.features(x).norm(dim=1, keepdim=True)
-    return (ce(cos(net, x), y) + 10 * ce(lengths * cos(net, x), y)) / 11 + 1e-4 * overlap(net)
+    return (ce(cos(net, x), y) + 10 * ce(lengths * cos(net, x), y)) / 11
 
 
 def on(f, s):
@@ -178,6 +183,7 @@ OBJECTIVES = {
     "train_trades_he --head mhe": (trades(minus_theta, 15, 0.1), on_kl(minus_theta, 15)),
     "train_alp_he --head linear": (alp(linear, 1, 0), on(linear, 1)),
     "train_alp_he": (alp(cos, 15, 0.2), on(cos, 15)),
+    "train_alp_he --pairing-norm mse": (alp(cos, 15, 0.2, lambda gap: gap.square().mean()), on(cos, 15)),
     "train_fast_he": (adversarial(cos, 15, 0.2), None),
     "train_free_he": (adversarial(cos, 15, 0.2), None),
     "train_angular_at": (angular, on(cos, 15)),
@@ -188,11 +194,13 @@ OBJECTIVES = {
     "train_abcl --adversarial": (abcl, on(cos, 5)),
     "train_mmc": (mmc, None),
     "train_mmc --adversarial": (mmc, lambda net, y, x, x_adv: mmc(net, y, x_adv)),
-    "train_dsphere": (w_softmax, None),
-    "train_dsphere --loss wm": (weight_multiplier, None),
-    "train_dsphere --loss annealing": (annealing, None),
-    "train_dsphere --train fgsm": (w_softmax, on(torch.nn.Module.__call__, 1)),
-    "train_dsphere --train pgd": (w_softmax, on(torch.nn.Module.__call__, 1)),
+    "train_dsphere": (sphere(w_softmax), None),
+    "train_dsphere --loss wm": (sphere(weight_multiplier), None),
+    "train_dsphere --loss annealing": (sphere(annealing), None),
+    "train_dsphere --train fgsm": (sphere(w_softmax), on(torch.nn.Module.__call__, 1)),
+    "train_dsphere --train pgd --loss wm": (sphere(weight_multiplier), on(torch.nn.Module.__call__, 1)),
+    "train_dsphere --train pgd --mix 0": (sphere(w_softmax), on(torch.nn.Module.__call__, 1)),
+    "train_mmc --feature-dim 0": (mmc, None),
 }
 
 

@@ -265,11 +265,43 @@ def test_a_loss_with_parameters_and_an_own_optimizer_are_trained_saved_and_resum
 
 def test_resume_refuses_another_criterion_or_optimizer(tmp_path):
     train(tmp_path, "--epochs", "1", criterion=Centers())
+    groups = lambda model, criterion: torch.optim.Adam([{"params": [p]} for p in model.parameters()])  # noqa: E731
+    rmsprop = lambda model, criterion: torch.optim.RMSprop([*model.parameters(), *criterion.parameters()])  # noqa: E731
     for criterion, optimizer, complaint in (
-        (None, None, "another Module"), (Centers(3), None, "another Centers"), (Centers(), adagrad, "another Adagrad"),
+        (None, None, "is of another Module"), (Centers(3), None, "is of another Centers"),
+        (Centers(), groups, "is of another Adam"), (Centers(), rmsprop, "the optimizer was Adam, now RMSprop"),
     ):  # fmt: skip
-        with pytest.raises(common.UserError, match=f"--resume: .* is of {complaint}"):
+        with pytest.raises(common.UserError, match=f"--resume: .*{complaint}"):
             train(tmp_path, "--epochs", "2", "--resume", criterion=criterion, optimizer=optimizer)
+
+
+def test_an_average_that_was_stopped_before_the_first_step_begins_with_its_weights(tmp_path, monkeypatch):
+    batches = common.Run.batches
+
+    def stopped(run):
+        run.signal = signal.SIGTERM
+        return batches(run)
+
+    train(tmp_path / "whole", "--ema", "0.9", "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "batches", stopped)
+        with pytest.raises(SystemExit):
+            train(tmp_path / "part", "--ema", "0.9", "--epochs", "1")
+    train(tmp_path / "part", "--ema", "0.9", "--epochs", "1", "--resume")
+    assert_same(tmp_path / "whole", tmp_path / "part")
+
+
+def test_what_a_criterion_may_hold_and_what_an_own_optimizer_leaves_out(tmp_path):
+    """An infinite buffer is no fault; gradients of weights that no group has do not add up."""
+    criterion = Centers()
+    criterion.register_buffer("smallest", torch.tensor(torch.inf))
+    run = train(
+        tmp_path, "--epochs", "1", criterion=criterion, optimizer=lambda m, c: torch.optim.SGD([m.fc.weight], 0.1)
+    )
+    assert run.criterion.training and (criterion.centers == 0).all()
+    last = criterion.centers.grad.clone()
+    run.step(criterion(torch.zeros(2, 64), torch.tensor([0, 1])), torch.zeros(2, 10), torch.tensor([0, 1]))
+    assert not torch.equal(last, criterion.centers.grad) and not criterion.centers.grad[2:].any()
 
 
 def test_the_average_of_the_weights_is_held_out_saved_and_evaluated(tmp_path, monkeypatch):
@@ -328,8 +360,9 @@ def test_a_new_option_of_build_model_leaves_older_runs_as_they_are(finished, cli
 def test_a_gpu_that_torch_cannot_use_is_one_warning(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for gpu, lines in ((tmp_path / "none", 0), (tmp_path, 1)):
-        monkeypatch.setattr(common, "GPU", gpu)
-        assert common.default_device() == "cpu" and capsys.readouterr().err.count("\n") == lines
+        monkeypatch.setattr(common, "NVIDIA", gpu)
+        assert common.device_flag("auto") == "cpu" and capsys.readouterr().err.count("\n") == lines
+        assert train_pgd_he.parse_args(["--device", "cpu"]).device == "cpu" and not capsys.readouterr().err
 
 
 def test_schedules():

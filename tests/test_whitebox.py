@@ -4,6 +4,7 @@ import math
 
 import common
 import eval_all
+import models
 
 import pytest
 import torch
@@ -86,6 +87,19 @@ def test_deepfool_crosses_the_boundary_where_the_pixel_range_clips_its_steps(nor
     assert (model(x).argmax(1) == y).all()
     x_adv = eval_all.ATTACKS["deepfool"](model, x, y, eps=0, norm=norm)
     assert common.fooled(model(x_adv), y).all()
+
+
+def test_mta_on_an_mmc_model_ascends_the_targets_logit(monkeypatch):
+    """Which is minus its MMC loss; on others the cross-entropy of the target falls."""
+    logits, target, losses = torch.randn(2, 3), torch.tensor([1, 0]), []
+    monkeypatch.setattr(common, "pgd", lambda model, x, y, *, loss, **_: losses.append(loss(logits, target)) or x)
+    x = torch.rand(2, 1, 8, 8)
+    for head in ("mmc", "linear"):
+        model = models.build_model("small_cnn", 3, 1, image_size=8, head=head).eval()
+        eval_all.ATTACKS["mta-100"](model, x, model(x).argmax(1), eps=0.1)
+    each = logits.gather(1, target[:, None]).squeeze(1)
+    assert torch.equal(losses[0], each)
+    torch.testing.assert_close(losses[-1], each - logits.logsumexp(1))
 
 
 # The losses that the variants of PGD ascend, on an HE model: its logits are cosines, s = 15, m = 0.2.
