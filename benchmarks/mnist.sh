@@ -20,6 +20,11 @@ trades-mhe            he     train_trades_he.py --head mhe $robust
 pgd-fn                he     train_pgd_he.py --no-wn --margin 0 $robust
 pgd-wn                he     train_pgd_he.py --no-fn --margin 0 $robust
 pgd-fn-wn             he     train_pgd_he.py --margin 0 $robust
+pgd-s15               he     train_pgd_he.py --head linear --scale 15 $robust
+pgd-fn-s1             he     train_pgd_he.py --no-wn --margin 0 --scale 1 $robust
+pgd-wn-s1             he     train_pgd_he.py --no-fn --margin 0 --scale 1 $robust
+pgd-fn-wn-s1          he     train_pgd_he.py --margin 0 --scale 1 $robust
+alp-he-mse            he     train_alp_he.py --pairing-norm mse $robust
 angular-none          at     train_angular_at.py --alpha 0 --beta 0 $robust
 angular-wfc           at     train_angular_at.py --beta 0 $robust
 angular-sep           at     train_angular_at.py --alpha 0 $robust
@@ -53,19 +58,19 @@ fast-mhe              he     train_fast_he.py --head mhe $short
 free                  he     train_free_he.py --head linear --limit 20000
 free-he               he     train_free_he.py --limit 20000
 free-mhe              he     train_free_he.py --head mhe --limit 20000
-cnn-fgsm              sphere train_dsphere.py --correlation inner --train fgsm $robust
+cnn-fgsm              sphere train_dsphere.py --correlation inner --train fgsm $short
 cnn-fgsm-short        sphere train_dsphere.py --correlation inner --train fgsm --limit 20000 --epochs 2 --eps-warmup 2 --schedule constant
-dsphere-fgsm          sphere train_dsphere.py --train fgsm $robust
-dsphere-wm-fgsm       sphere train_dsphere.py --loss wm --train fgsm $robust
-dsphere-wm-quad-fgsm  sphere train_dsphere.py --loss wm --correlation quadratic --train fgsm $robust
-dsphere-anneal-fgsm   sphere train_dsphere.py --loss annealing --train fgsm $robust
-dsphere-wm-trunc-fgsm sphere train_dsphere.py --loss wm --correlation truncated --train fgsm $robust
-cnn-pgd               sphere train_dsphere.py --correlation inner --train pgd --schedule cosine $robust
-dsphere-pgd           sphere train_dsphere.py --train pgd --schedule cosine $robust
-dsphere-wm-pgd        sphere train_dsphere.py --loss wm --train pgd --schedule cosine $robust
-dsphere-wm-quad-pgd   sphere train_dsphere.py --loss wm --correlation quadratic --train pgd --schedule cosine $robust
-dsphere-anneal-pgd    sphere train_dsphere.py --loss annealing --train pgd --schedule cosine $robust
-dsphere-wm-trunc-pgd  sphere train_dsphere.py --loss wm --correlation truncated --train pgd --schedule cosine $robust
+dsphere-fgsm          sphere train_dsphere.py --train fgsm $short
+dsphere-wm-fgsm       sphere train_dsphere.py --loss wm --train fgsm $short
+dsphere-wm-quad-fgsm  sphere train_dsphere.py --loss wm --correlation quadratic --train fgsm $short
+dsphere-anneal-fgsm   sphere train_dsphere.py --loss annealing --train fgsm $short
+dsphere-wm-trunc-fgsm sphere train_dsphere.py --loss wm --correlation truncated --train fgsm $short
+cnn-pgd               sphere train_dsphere.py --correlation inner --train pgd --schedule cosine $short
+dsphere-pgd           sphere train_dsphere.py --train pgd --schedule cosine $short
+dsphere-wm-pgd        sphere train_dsphere.py --loss wm --train pgd --schedule cosine $short
+dsphere-wm-quad-pgd   sphere train_dsphere.py --loss wm --correlation quadratic --train pgd --schedule cosine $short
+dsphere-anneal-pgd    sphere train_dsphere.py --loss annealing --train pgd --schedule cosine $short
+dsphere-wm-trunc-pgd  sphere train_dsphere.py --loss wm --correlation truncated --train pgd --schedule cosine $short
 "
 
 evaluations() { # row, kind

@@ -131,9 +131,15 @@ def abcl(net, y, x):
     weight = F.normalize(net.fc.weight)
     nearest = (weight @ weight.T - 2 * torch.eye(len(weight))).amax(1)
     to_own = (F.normalize(net.features(x)) * weight[y].detach()).sum(1)  # L_I moves the features alone
-    intra = (1 - to_own).square().mean()
     inter = (nearest + 1 / 9).clamp(min=0).square().mean()
-    return ce(cos(net, x), y, 5, 0.2) + 512 * intra + 64 * inter
+    return ce(cos(net, x), y, 5, 0.2) + 512 * (1 - to_own).mean() + 64 * inter
+
+
+def ht_sce(net, y, x):
+    """The features of the network are normalized before the linear layer to z."""
+    high = F.normalize(net.embed(net.normalize(x)))
+    z, linear = F.normalize(high @ net.project[1].weight.T + net.project[1].bias), F.normalize(net.fc.weight)
+    return ce(z @ linear.T, y, 5, 0.2)
 
 
 def mmc(net, y, x):
@@ -192,6 +198,7 @@ OBJECTIVES = {
     "train_weightpen --penalty-norm spectral": (weightpen(lambda gap: torch.linalg.svdvals(gap)[0]), None),
     "train_abcl": (abcl, None),
     "train_abcl --adversarial": (abcl, on(cos, 5)),
+    "train_abcl --base ht-sce --k1 0 --k2 0": (ht_sce, None),
     "train_mmc": (mmc, None),
     "train_mmc --adversarial": (mmc, lambda net, y, x, x_adv: mmc(net, y, x_adv)),
     "train_dsphere": (sphere(w_softmax), None),
