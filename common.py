@@ -294,7 +294,7 @@ _IMAGENET |= dict(eps="4/255", step_size="1/255")
 
 # Adversarial training on each dataset, and where that is written (else: ours); a script overrides what differs.
 TRAINING_DEFAULTS = {
-    "digits": _SMALL | dict(epochs=30, batch_size=64, lr=2e-3, eps="0.1", step_size="0.025", eps_warmup=3.0),
+    "digits": _SMALL | dict(epochs=30, batch_size=64, lr=2e-3, eps="0.1", step_size="0.025", eps_warmup=0.0),
     "mnist": _SMALL | dict(epochs=6, batch_size=128, lr=1e-3, eps="0.3", step_size="0.075", eps_warmup=1.0),
     "cifar10": _LARGE | _HE | dict(arch="wrn-34-10", weight_decay=2e-4, eps="8/255", step_size="2/255"),
     "cifar100": _LARGE | _ANGULAR | dict(arch="resnet18"),

@@ -10,12 +10,12 @@ source "$(dirname "$0")/rows.sh"
 rows=$(
     for scale in 1 5 10 15 20; do
         for margin in 0 0.1 0.2 0.3 0.4; do
-            echo "trades-he-scale$scale-margin$margin all train_trades_he.py --scale $scale --margin $margin"
+            echo "trades-he-scale$scale-margin$margin all train_trades_he.py --eps-warmup 3 --scale $scale --margin $margin"
         done
     done
     for steps in 1 2 3 4 5 6 7; do
         for head in linear he; do
-            echo "pgd-$head-steps$steps all train_pgd_he.py --head $head --steps $steps --step-size 0.25/$steps"
+            echo "pgd-$head-steps$steps all train_pgd_he.py --eps-warmup 3 --head $head --steps $steps --step-size 0.25/$steps"
         done
     done
 )
