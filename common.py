@@ -92,9 +92,8 @@ def all_mean(tensors: Sequence[Tensor]) -> None:
     if dist.is_initialized():
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor) / dist.get_world_size())
 
 
 def derive_seed(*numbers: int) -> int:
@@ -384,7 +383,6 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
         parser.add_argument(flag, default=default, help=f"{text} (default: {default}; {source})", **options)
 
     flag, names, on_off = parser.add_argument, ", ".join(KNOWN), argparse.BooleanOptionalAction
-    augmented = known in AUGMENTED
     flag("--dataset", default="digits", metavar="NAME_OR_NPZ", help=f"{names}, or FILE.npz (default: digits)")
     flag("--data-dir", default="data", help="where datasets are looked for and downloaded to (default: data)")
     add("--arch", models.ARCHS)
@@ -398,7 +396,7 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     add("--step-size", "of the attack, in pixel units", type=number(float, 0, 1))
     add("--steps", "of the attack; one-step methods use it on the held-out images only", type=number(int, 1))
     add("--eps-warmup", "epochs over which eps and step size rise from 0", type=number(float, 0))
-    flag("--augment", action=on_off, default=augmented, help=f"crop and flip (default: {'on' if augmented else 'off'})")
+    flag("--augment", action=on_off, default=known in AUGMENTED, help="crop and flip (default here: %(default)s)")
     flag("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help="test and save averaged weights, such as 0.999")
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all random numbers (default: 0)")
     flag("--out", help="where the run is written (default: runs/METHOD-DATASET-sSEED)")
@@ -563,9 +561,8 @@ def read_file(path: Path) -> dict:
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[models.Classifier, dict]:
-    """The model in a run's file or directory, in eval mode, and all that the file says besides tensors, as `meta`.
-
-    Raises UserError for a damaged file and for one from elsewhere, which eval_all.load_published reads."""
+    """The model in a run's file or directory, in eval mode, and what the file says besides tensors. Raises UserError
+    for a damaged file and for one from elsewhere, which eval_all.load_published reads."""
     path = checkpoint_file(path)
     content = read_file(path)
     if content.get("format") not in FORMATS:
@@ -620,10 +617,10 @@ class Run:
     `criterion` is a loss with parameters, trained and saved beside the model. With `replays` each batch comes that many
     times in a row (FreeAT). `natural` says that the loss sees no adversarial images: best.pt is then the epoch of the
     best held-out clean accuracy, else of PGD's. A script may set run.optimizer before epochs(); the schedule scales the
-    rate of each of its groups. With --ema a checkpoint's model is the average, and it holds the trained weights too.
-    All random numbers of a batch follow from (seed, epoch, batch, rank), so a resumed run ends bit for bit where an
-    uninterrupted one does (on a CPU). SIGTERM and Ctrl-C save the place in the epoch, with run.carry, the tensors that
-    a script hands from batch to batch. SIGKILL, or a signal to one of several ranks, costs the epoch."""
+    rate of each group. With --ema a checkpoint's model is the average; it holds the trained weights too. The random
+    numbers of a batch follow from (seed, epoch, batch, rank), so a resumed run ends bit for bit where an uninterrupted
+    one does (on a CPU). SIGTERM and Ctrl-C save the place in the epoch, with run.carry, the tensors that a script hands
+    from batch to batch. SIGKILL, or a signal to one of several ranks, costs the epoch."""
 
     def __init__(self, args, model: models.Classifier, data: Data, criterion=None, replays=1, natural=False):
         self.args, self.data, self.out, self.replays, self.natural = args, data, Path(args.out), replays, natural
@@ -662,7 +659,7 @@ class Run:
             self.x = (F.pad(data.x_train, [4] * 4) if args.augment else data.x_train).to(args.device)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.method} on {data.name} ({data.source}); {args.arch}, {size:.2f} M parameters, on {args.device}")
-        counts = f"{len(data.train)} training and {len(data.val)} held-out images"
+        counts = f"{len(data.train)} training and {len(data.val)} held-out images of {data.num_classes} classes"
         print(f"{counts}; eps {args.eps:.4g}; writing to {self.out}")
 
     def _resume(self, last: Path) -> None:
@@ -716,12 +713,15 @@ class Run:
         """The epochs still to do, counted from 1."""
         if self.resumed:  # now, because the script may have set an optimizer of its own
             name, saved = type(self.optimizer).__name__, self.resumed["optimizer"]
-            if self.resumed.get("optimizer_class", name) != name:
-                raise UserError(f"--resume: the optimizer was {self.resumed['optimizer_class']}, now {name}")
+            if (old := self.resumed.get("optimizer_class", name)) != name:
+                raise UserError(f"--resume: the optimizer was {old}, now {name}")
             for group, old in zip(self.optimizer.param_groups, saved["param_groups"], strict=False):
                 old["initial_lr"] = group["lr"]  # older files have none
             self._load(self.optimizer, saved)
             self.resumed = {}
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in trained for p in self.criterion.parameters()):
+            print("warning: the optimizer does not have all parameters of the criterion", file=sys.stderr)
         stops = (signal.SIGINT, signal.SIGTERM) if self.ranks == 1 else ()
         usual = {number: signal.signal(number, self._on_signal) for number in stops}
         try:
@@ -795,8 +795,7 @@ class Run:
             raise UserError(f"loss or gradient not finite in epoch {self.epoch} (not saved): try a smaller --lr")
 
     def finish_epoch(self, **figures: float) -> None:
-        """Held-out accuracy, a line, log.csv, best.pt and last.pt; `figures` of the script are logged too. Raises
-        UserError if the loss was not finite."""
+        """Held-out accuracy, a line, log.csv with the script's `figures`, best.pt, last.pt. UserError if NaN."""
         nets = (self.model, self.evaluated) if self.average else (self.model,)
         batch_norm = [buffer for net in nets for name, buffer in net.named_buffers() if "running" in name]
         all_mean([self.totals, *batch_norm, *(b for b in self.criterion.buffers() if b.is_floating_point())])

@@ -562,7 +562,7 @@ def select_attacks(text: str, targets: list[Model], settings: Settings, image: T
         for name in presets.get(part, part).split() or [part]:
             attack = find_attack(name)
             lacking = [model.name for model in targets if not attack.fits(model.net, image)]
-            reason = f"{name} needs a model with {attack.needs}, and {lacking[0]} has none" if lacking else None
+            reason = f"{name} needs a model with {attack.needs}, which {lacking[0]} is not" if lacking else None
             if settings.ball(attack)[0] not in attack.norms:
                 reason = f"{name} is defined in Linf only"
             if reason and part not in presets:
@@ -752,6 +752,8 @@ def evaluate(
     `index`, the images' numbers in their test set, and with save_adversarial a file of x_adv for each attack. A second
     call goes on where an interrupted one stopped, and adds."""
     settings, image = Settings(**options), common.images_at(x, torch.arange(1), y.device)
+    if image.dtype != torch.float32 or not 0 <= image.min() <= image.max() <= 1:
+        raise common.UserError(f"images {x.dtype} up to {float(image.max()):g}; needed: uint8, or float32 in [0, 1]")
     if settings.norm == "linf" and settings.eps > 1:
         raise common.UserError(f"eps {settings.eps:g} on images in [0, 1]: give it in pixel units, such as 8/255")
     disable_tf32()
@@ -883,6 +885,8 @@ def run_audit(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, parts:
 def user_model(text: str) -> nn.Module:
     """The module that FILE.py:FUNCTION returns. Its imports look in the file's own folder first."""
     path, _, function = text.rpartition(":")
+    if not path.endswith(".py"):
+        raise common.UserError(f"{text}: name a function that returns the model, FILE.py:FUNCTION")
     folder, file = Path(path).resolve().parent, str(Path(path).resolve())
     names = {entry.stem for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".py"}
     hidden = {}  # modules from elsewhere with the name of one in the folder, such as our models.py
@@ -895,7 +899,8 @@ def user_model(text: str) -> nn.Module:
         spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", file)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        model = getattr(module, function, lambda: None)()
+        model = getattr(module, function, lambda: None)
+        model = model if isinstance(model, nn.Module) else model()
         places = [Path(str(getattr(known, "__file__", None))) for known in sys.modules.values()]
     finally:
         sys.modules.update(hidden)
@@ -959,6 +964,8 @@ def published_options(args: argparse.Namespace) -> dict:
     options = {"arch": args.arch, "head": args.head, "in_channels": data.in_channels, "image_size": data.image_size}
     for name, default in (("scale", scale), ("margin", margin)):
         options[name] = default if getattr(args, name) is None else getattr(args, name)
+    if args.normalize and data.in_channels != 3:
+        raise common.UserError(f"--normalize has CIFAR-10's mean and std, and {data.name} is gray")
     published_he = data.known == "cifar10" and args.head != "linear"  # they normalize in the network
     if args.normalize or (published_he and args.normalize is None):
         options |= {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2471, 0.2435, 0.2616]}
@@ -997,8 +1004,11 @@ def check_fit(model: Model, data: common.Data, device: str) -> None:
     logits = model.net(common.images_at(data.x_test, torch.arange(1), device))
     got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
     got += " (return its .logits)" if hasattr(logits, "logits") else ""
-    if not got.startswith("torch.float32 (1, ") or logits.ndim != 2 or logits.shape[1] < data.num_classes:
+    if not got.startswith("torch.float32 (1, ") or logits.ndim != 2:
         raise common.UserError(f"{model.name} returned {got} for an image, not float32 logits (1, {data.num_classes})")
+    if logits.shape[1] < data.num_classes:
+        about = f"{model.name} has {logits.shape[1]} classes"
+        raise common.UserError(f"{about}, but the labels of {data.name} go up to {data.num_classes - 1}")
 
 
 def disable_tf32() -> None:
@@ -1203,6 +1213,9 @@ def main(argv: list[str] | None = None) -> None:
     attacks = select_attacks(args.attacks, found, settings, image) | transfer_attacks(sources)
     for model in found:
         print(f"{model.name}: {len(attacks)} attacks on {len(y)} images of {data.name}")
+        trained, eps = model.meta.get("args", {}).get("eps"), Settings(options["eps"], args.norm, data.known).eps
+        if trained and args.norm == "linf" and abs(trained - eps) > 0.001:
+            print(f"note: {model.name} was trained with eps {trained:.4g}, not {eps:.4g}")
         folder, about = out / model.name if len(found) > 1 else out, describe(model, data, args)
         results.append(evaluate(model.net, x, y, attacks, folder=folder, about=about, **options))
     print_table(results)

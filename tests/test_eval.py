@@ -439,13 +439,16 @@ def output(): return Net(lambda logits: SimpleNamespace(logits=logits))
 def flat(): return Net(Tensor.flatten)
 def number(): return 3
 def detached(): return Net(Tensor.detach)
+few_made = few()
 """
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["mine.py:few", "--dataset", "digits"], "float32.*10.* 9"), (["mine.py:double", "--dataset", "digits"], "float64"),
+    (["mine.py:few", "--dataset", "digits"], "9 classes.*up to 9"), (["mine.py", "--dataset", "digits"], ":FUNCTION"),
+    (["mine.py:double", "--dataset", "digits"], "float64"), (["mine.py:few_made", "--dataset", "digits"], "9 classes"),
     (["mine.py:pair", "--dataset", "digits"], "tuple"), (["mine.py:flat", "--dataset", "digits"], "(10,)"),
     (["mine.py:output", "--dataset", "digits"], "its .logits"), (["bare.pt", "--arch", "small_cnn"], "--dataset"),
+    (["bare.pt", "--arch", "small_cnn", "--dataset", "digits", "--normalize"], "is gray"),
     (["mine.py:number", "--dataset", "digits"], "nn.Module"), (["mine.py:absent", "--dataset", "digits"], "absent"),
     (["nowhere.py:make", "--dataset", "digits"], "nowhere.py"), (["nowhere.pt"], "nowhere.pt"),
     (["mine.py:Net"], "--dataset"), ([], "name a run"), (["bare.pt", "--dataset", "digits"], "--arch"),

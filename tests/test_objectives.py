@@ -51,7 +51,7 @@ def first_step(cli, monkeypatch, tmp_path):
             patch.setattr(common.Run, "step", stop)
             patch.setattr(models.Classifier, "forward", record_pass)
             patch.setattr(common, "pgd", record_attack)
-            few = "--limit 132 --batch-size 32 --epochs 3 --eps-warmup 3 --out".split() + [tmp_path / "run"]
+            few = [*"--limit 132 --batch-size 32 --epochs 3 --eps-warmup 3 --out".split(), tmp_path / "run"]
             with pytest.raises(Stop):
                 cli(script, *few, "--device", "cpu", "--no-amp", *flags)
         return seen
