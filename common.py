@@ -32,6 +32,7 @@ import torch.distributed.nn.functional  # imported later, by an optimizer, it wo
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -537,9 +538,9 @@ def write_file(content: bytes, path: Path) -> None:
 
 
 def save(content: dict, path: Path) -> None:
-    """torch.save, through write_file."""
+    """torch.save, through write_file, with numpy's numbers as Python's: weights_only reads no others."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(tree_map(lambda value: value.item() if isinstance(value, np.generic) else value, content), buffer)
     write_file(buffer.getbuffer(), path)
 
 
@@ -642,16 +643,16 @@ class Run:
         if args.compile:
             torch._dynamo.config.recompile_limit = 32  # training, attack and held-out batches of several sizes
             self.model.compile()
-        parameters = [*model.parameters(), *self.criterion.parameters()]
+        parameters = [*dict.fromkeys([*model.parameters(), *self.criterion.parameters()])]  # it may hold the model
         self.optimizer = OPTIMIZERS[args.optimizer](parameters, args.lr, weight_decay=args.weight_decay)
         self.epoch, self.iteration, self.history, self.signal = 0, 0, [], None
         self.begun, self.resumed = {}, {}  # what to continue from: a stopped epoch, a checkpoint
         self.selection_metric = itemgetter(*("val_clean", "val_robust") if natural else ("val_robust", "val_clean"))
-        if (self.out / "last.pt").exists():
-            self._resume(self.out / "last.pt")
+        if held := [path for path in (self.out / "last.pt", self.out / "best.pt") if path.exists()]:
+            self._resume(held[0])
         if not self.rank:
             self.out.mkdir(parents=True, exist_ok=True)
-            write_file(json.dumps(vars(args), indent=2).encode(), self.out / "args.json")
+            write_file(json.dumps(vars(args), indent=2, default=str).encode(), self.out / "args.json")
         self.y = data.y_train.to(args.device)
         if isinstance(data.x_train, ImageFiles):
             data.x_train.workers = args.workers
@@ -702,8 +703,9 @@ class Run:
         """After a signal: write last.pt so that --resume continues after `batches` of this epoch, and exit."""
         if self.signal:
             self._check_finite()
-            begun = {"batches": batches, "totals": self.totals, "carry": self.carry}
-            begun["seconds"] = time.perf_counter() - self.started
+            begun = dict(
+                batches=batches, totals=self.totals, carry=self.carry, seconds=time.perf_counter() - self.started
+            )
             save(self._checkpoint() | {"epoch": self.epoch - 1, "begun": begun}, self.out / "last.pt")
             command = " ".join(["python", *sys.argv, *["--resume"][self.args.resume :]])
             print(f"stopped in epoch {self.epoch} after {batches} batches; continue with: {command}", file=sys.stderr)

@@ -424,10 +424,14 @@ class Attack:
 
     def identity(self) -> str:
         """Of the settings and the code: another attack of the same name must not take over the results of this one."""
-        function, keywords = getattr(self.run, "func", self.run), getattr(self.run, "keywords", {})
-        parts = [replace(self, run=None), {key: getattr(value, "__name__", value) for key, value in keywords.items()}]
-        with suppress(OSError, TypeError):  # typed into a console
-            parts.append(inspect.getsource(function))
+        parts, functions = [replace(self, run=None)], [self.run]
+        while functions:
+            function = functions.pop()
+            keywords = getattr(function, "keywords", {})  # of a partial
+            parts.append({key: value for key, value in keywords.items() if not callable(value)})
+            functions += [value for value in keywords.values() if callable(value)]
+            with suppress(OSError, TypeError):  # typed into a console
+                parts.append(inspect.getsource(getattr(function, "func", function)))
         return fingerprint(*parts)
 
 
@@ -690,7 +694,7 @@ def run_attack(name, attack: Attack, model, x: Tensor, y, correct, settings: Set
 
 def file_stem(name: str, attack: Attack) -> str:
     """What the files of an attack with these settings begin with."""
-    return re.sub(r"[^\w@.-]+", "_", name)[:80] + f"-{fingerprint(name, attack.identity())}"
+    return re.sub(r"[^a-zA-Z0-9@.-]+", "_", name)[:80] + f"-{fingerprint(name, attack.identity())}"
 
 
 def fingerprint(*items: object) -> str:
@@ -702,10 +706,12 @@ def fingerprint(*items: object) -> str:
     return digest.hexdigest()[:12]
 
 
-def code_of(model: nn.Module) -> list[str]:
+def code_of(model: nn.Module) -> list[bytes]:
     """What our modules and the user's files for the model hold: other code may give other verdicts."""
     own = getattr(sys.modules.get(type(model).__module__), "__file__", None), *getattr(model, "source_files", ())
-    return [Path(file).read_text() for file in sorted({common.__file__, models.__file__, __file__, *filter(None, own)})]
+    return [
+        Path(file).read_bytes() for file in sorted({common.__file__, models.__file__, __file__, *filter(None, own)})
+    ]
 
 
 def accuracy(correct: Tensor | np.ndarray) -> dict:
@@ -754,6 +760,10 @@ def evaluate(
     settings, image = Settings(**options), common.images_at(x, torch.arange(1), y.device)
     if image.dtype != torch.float32 or not 0 <= image.min() <= image.max() <= 1:
         raise common.UserError(f"images {x.dtype} up to {float(image.max()):g}; needed: uint8, or float32 in [0, 1]")
+    if y.dtype != torch.int64 or len(y) != len(x):
+        raise common.UserError(f"labels {y.dtype} {tuple(y.shape)}; needed: an int64 label for each of {len(x)} images")
+    if {"index", "label", "clean_prediction", "worst case"} & {*attacks} or (save_adversarial and not folder):
+        raise common.UserError("an attack has the name of a result, or save_adversarial has no folder")
     if settings.norm == "linf" and settings.eps > 1:
         raise common.UserError(f"eps {settings.eps:g} on images in [0, 1]: give it in pixel units, such as 8/255")
     disable_tf32()
@@ -888,7 +898,7 @@ def user_model(text: str) -> nn.Module:
     if not path.endswith(".py"):
         raise common.UserError(f"{text}: name a function that returns the model, FILE.py:FUNCTION")
     folder, file = Path(path).resolve().parent, str(Path(path).resolve())
-    names = {entry.stem for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".py"}
+    names = {entry.stem for entry in folder.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").exists()}
     hidden = {}  # modules from elsewhere with the name of one in the folder, such as our models.py
     for name, known in list(sys.modules.items()):
         top, place = name.partition(".")[0], Path(str(getattr(known, "__file__", None)))
@@ -906,7 +916,8 @@ def user_model(text: str) -> nn.Module:
         sys.modules.update(hidden)
     if not isinstance(model, nn.Module):
         raise common.UserError(f"{text}: {path} has no function {function} that returns an nn.Module")
-    model.source_files = [str(p) for p in places if folder in p.parents and "site-packages" not in p.parts]
+    own = [p for p in places if folder in p.parents and p.suffix == ".py" and "site-packages" not in p.parts]
+    model.source_files = [str(p) for p in own if Path(sys.base_prefix) not in p.parents]
     return model
 
 
@@ -935,16 +946,18 @@ def load_published(path: str | Path, device: str = "cpu", **options: object) -> 
         classes = (len(value) for name, value in state.items() if re.search(r"\b(fc|linear)\.weight$", name))
         model = models.build_model(**{"num_classes": next(classes, None)} | options)
         names, layers = model.state_dict().keys(), {name for name, _ in model.named_children()} - {"normalize"}
+        unused, wrong = [], []
         for key, value in state.items():
-            name = key
+            forms = [key]
             for published, ours in PUBLISHED:
-                name = name if name in names else re.sub(published, ours, name)
-            if name in renamed:
+                forms.append(forms[-1] if forms[-1] in names else re.sub(published, ours, forms[-1]))
+            if forms[-1] in renamed:
                 raise ValueError(f"{key} is there twice")
-            renamed[name] = value
-        missing, unused = model.load_state_dict(renamed, strict=False)
-        wrong = [name for name in missing if not name.endswith("num_batches_tracked")]
-        wrong += [name for name in unused if name.partition(".")[0] in layers]
+            renamed[forms[-1]] = value
+            if forms[-1] not in names:
+                (wrong if any(form.partition(".")[0] in layers for form in forms) else unused).append(key)
+        missing, _ = model.load_state_dict(renamed, strict=False)
+        wrong += [name for name in missing if not name.endswith("num_batches_tracked")]
         if wrong:
             raise ValueError(f"missing or unexpected: {', '.join(wrong)}")
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:

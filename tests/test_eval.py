@@ -237,6 +237,27 @@ def test_other_weights_images_labels_or_code_are_attacked_again(tmp_path, monkey
     assert attacked(net, x, y)
 
 
+def test_an_attacks_identity_is_that_of_its_functions_and_their_settings():
+    """Also of functions among its keywords, whose addresses differ from process to process."""
+
+    def attack(scale, loss=common.margin_ce):
+        return Attack(partial(eval_all.pgd, loss=partial(loss, scale=scale, reduction="none")), steps=5)
+
+    assert attack(10.0).identity() == attack(10.0).identity() != attack(2.0).identity()
+    assert attack(10.0).identity() != attack(10.0, eval_all.cw_margin).identity()
+
+
+@pytest.mark.parametrize("message, changed", [
+    ("float64", dict(x=torch.rand(4, 1, 2, 2).double())), ("up to 255", dict(x=torch.full((4, 1, 2, 2), 255.0))),
+    ("labels torch.int32", dict(y=torch.zeros(4, dtype=torch.int32))), ("each of 4", dict(y=torch.zeros(3).long())),
+    ("name of a result", dict(attacks={"label": ATTACKS["fgsm"]})), ("no folder", dict(save_adversarial=True)),
+])  # fmt: skip
+def test_what_a_notebook_gives_wrongly_is_refused(message, changed):
+    given = dict(x=torch.rand(4, 1, 2, 2), y=torch.zeros(4).long(), attacks="clean", eps=0.1) | changed
+    with pytest.raises(common.UserError, match=message):
+        evaluate(Threshold(), **given)
+
+
 def test_any_module_in_a_notebook_and_nothing_of_it_changes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)).train()
@@ -390,7 +411,7 @@ def test_eval_csv_has_six_digits_and_a_row_for_each_attack(pixels, tmp_path):
 
 
 def test_two_ranks_give_the_verdicts_of_one_process(tmp_path):
-    flags = "--attacks noise,pgd-5,mta-3 --eps 0.2 --num-images 24 --batch-size 4 --restarts 2 --device cpu".split()
+    flags = "--attacks noise,pgd-5,mta-3 --eps 0.2 --num-images 24 --batch-size 12 --restarts 2 --audit".split()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29533"]
     for start, folder in (([sys.executable], "one"), (torchrun, "two")):
         command = [*start, "eval_all.py", GOLDEN / "he.pt", *flags, "--out", tmp_path / folder]
@@ -398,6 +419,8 @@ def test_two_ranks_give_the_verdicts_of_one_process(tmp_path):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert figures(tmp_path / "one") == figures(tmp_path / "two")
+    audits = [json.loads((tmp_path / folder / "eval.json").read_text())["audit"] for folder in ("one", "two")]
+    assert audits[0] == audits[1]
     assert done.stdout.count("worst case:") == 1
 
 
@@ -417,6 +440,10 @@ def test_users_files_find_their_own_modules_also_where_their_names_are_ours(cli,
               "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(*sizes))")  # fmt: skip
     texts = [f"{tmp_path / folder / 'mine.py'}:make" for folder in ("one", "two")]
     assert [eval_all.user_model(text)[1].out_features for text in [*texts, texts[0]]] == [16, 20, 16]
+    (tmp_path / "one" / "torch").mkdir()  # no module: torch stays what it is
+    found = eval_all.user_model(texts[0])
+    assert {Path(file).name for file in found.source_files} >= {"mine.py", "utils.py", "net.py"}
+    assert isinstance(found, torch.nn.Module) and sys.modules["torch"] is torch
     assert sys.modules["models"] is models and sys.modules["common"] is common
     flags = ["--dataset", "digits", "--attacks", "fgsm", "--num-images", "5"]
     code, text, err = cli("eval_all", texts[0], "--model", texts[1], *flags)

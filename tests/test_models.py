@@ -230,12 +230,17 @@ def test_of_several_entries_the_state_dict_counts_and_a_name_must_not_come_twice
 @pytest.mark.parametrize("saved, read, complaint", [
     (dict(arch="wrn-16-1"), dict(arch="wrn-10-1"), "unexpected: block1.layer.1"),  # more layers than are built
     (dict(arch="wrn-10-1"), dict(arch="wrn-16-1"), "missing"),
+    (dict(arch="resnet34"), dict(arch="resnet18"), "unexpected: layer1.2.conv1"),
     (dict(arch="wrn-10-1"), dict(arch="wrn-10-1", head="he"), "fc.bias"),  # a linear head
     (dict(arch="wrn-10-1"), dict(arch="wrn-10-2"), "size mismatch"), (dict(arch="wrn-10-1"), dict(arch="vgg"), "vgg"),
     (dict(arch="wrn-10-1"), dict(arch="wrn-10-1", heads="he"), "heads"),
 ])  # fmt: skip
 def test_a_published_file_of_another_network_is_refused(tmp_path, saved, read, complaint):
-    torch.save(models.build_model(**saved, num_classes=3).state_dict(), tmp_path / "net.pt")
+    resnet34 = saved["arch"] == "resnet34"  # under the published names
+    state = models.build_model(**(saved | {"arch": "resnet18"} if resnet34 else saved), num_classes=3).state_dict()
+    if resnet34:
+        state |= {name.replace("layers.0.1.", "layer1.2."): value for name, value in state.items()}
+    torch.save(state, tmp_path / "net.pt")
     with pytest.raises(common.UserError, match=f"(?s)net.pt: not the weights of .*{complaint}"):
         eval_all.load_published(tmp_path / "net.pt", **read)
 

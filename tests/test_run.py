@@ -15,6 +15,7 @@ import common
 import models
 import train_pgd_he
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,6 +290,38 @@ def test_an_average_that_was_stopped_before_the_first_step_begins_with_its_weigh
             train(tmp_path / "part", "--ema", "0.9", "--epochs", "1")
     train(tmp_path / "part", "--ema", "0.9", "--epochs", "1", "--resume")
     assert_same(tmp_path / "whole", tmp_path / "part")
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones_and_a_best_pt_alone_is_not_overwritten(tmp_path):
+    rate = np.logspace(-2, -1, 2)[0]
+    args = train_pgd_he.parse_args([*FEW, "--epochs", "1", "--out", str(tmp_path)])
+    args.eps, args.note = np.linspace(0.05, 0.1, 2)[0], tmp_path
+    data = common.load_data(args.dataset, limit=args.limit)
+    run = common.Run(args, common.build_model(args, data, scale=np.sqrt(225)), data)
+    run.optimizer, args.note = torch.optim.SGD(run.model.parameters(), lr=rate), None
+    for _ in run.epochs():
+        for x, y in run.batches():
+            logits = run.model(x)
+            run.step(F.cross_entropy(logits, y), logits, y)
+        run.finish_epoch()
+    model, meta = common.load_checkpoint(tmp_path)
+    assert (model.scale, meta["args"]["eps"]) == (15.0, 0.05)
+    (tmp_path / "last.pt").unlink()
+    with pytest.raises(common.UserError, match="already holds a run"):
+        train(tmp_path, "--epochs", "1")
+
+
+def test_a_criterion_that_holds_the_model_updates_each_weight_once(tmp_path):
+    class Outer(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+    args = train_pgd_he.parse_args([*FEW, "--epochs", "1", "--out", str(tmp_path)])
+    data = common.load_data(args.dataset, limit=args.limit)
+    model = common.build_model(args, data)
+    run = common.Run(args, model, data, Outer(model))
+    assert len(run.optimizer.param_groups[0]["params"]) == len([*model.parameters()])
 
 
 def test_what_a_criterion_may_hold_and_what_an_own_optimizer_leaves_out(tmp_path):
