@@ -166,8 +166,7 @@ def plot_gradients(results: dict[str, dict], args: Namespace) -> None:
         axis.plot(batch, places, "x", color=f"C{i}", markersize=4)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", yticks=range(len(layers)), yticklabels=layers, ylim=(len(layers) - 0.5, -0.5))
-    marks = "filled: median, 95 % interval; hollow: mean; cross: of batches in train mode"
-    axis.set_xlabel(f"gradient norm, attacked / clean\n{marks}", fontsize=8)
+    axis.set_xlabel("attacked / clean; filled: median, 95 % interval; hollow: mean; cross: of batches", fontsize=8)
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     save_figure(figure, f"gradients of the training loss: {args.ball}, PGD-20", "gradients", args)
@@ -180,8 +179,8 @@ def angles(net: nn.Module, x: Tensor, y: Tensor, args: Namespace) -> dict:
     gram = models.cosine(weight, weight)
     between = models.arccos(gram[~torch.eye(len(gram), dtype=torch.bool, device=gram.device)])
     within = models.arccos(models.cosine(batched(net.features, x, args), weight).gather(1, y[:, None])).mean()
-    found = {"smallest": between.min(), "largest": between.max(), "within": within}
-    return {name: math.degrees(angle) for name, angle in found.items()}
+    smallest, largest, within = map(math.degrees, (between.min(), between.max(), within))
+    return {"smallest": smallest, "largest": largest, "within": within}
 
 
 def feature_map(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args: Namespace) -> dict:

@@ -645,8 +645,7 @@ class Run:
             self.model.compile()
         parameters = [*dict.fromkeys([*model.parameters(), *self.criterion.parameters()])]  # it may hold the model
         self.optimizer = OPTIMIZERS[args.optimizer](parameters, args.lr, weight_decay=args.weight_decay)
-        self.epoch, self.iteration, self.history, self.signal = 0, 0, [], None
-        self.begun, self.resumed = {}, {}  # what to continue from: a stopped epoch, a checkpoint
+        self.epoch, self.iteration, self.history, self.signal, self.begun, self.resumed = 0, 0, [], None, {}, {}
         self.selection_metric = itemgetter(*("val_clean", "val_robust") if natural else ("val_robust", "val_clean"))
         if held := [path for path in (self.out / "last.pt", self.out / "best.pt") if path.exists()]:
             self._resume(held[0])
@@ -703,9 +702,8 @@ class Run:
         """After a signal: write last.pt so that --resume continues after `batches` of this epoch, and exit."""
         if self.signal:
             self._check_finite()
-            begun = dict(
-                batches=batches, totals=self.totals, carry=self.carry, seconds=time.perf_counter() - self.started
-            )
+            begun = {"batches": batches, "totals": self.totals, "carry": self.carry}
+            begun["seconds"] = time.perf_counter() - self.started
             save(self._checkpoint() | {"epoch": self.epoch - 1, "begun": begun}, self.out / "last.pt")
             command = " ".join(["python", *sys.argv, *["--resume"][self.args.resume :]])
             print(f"stopped in epoch {self.epoch} after {batches} batches; continue with: {command}", file=sys.stderr)

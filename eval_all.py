@@ -709,9 +709,8 @@ def fingerprint(*items: object) -> str:
 def code_of(model: nn.Module) -> list[bytes]:
     """What our modules and the user's files for the model hold: other code may give other verdicts."""
     own = getattr(sys.modules.get(type(model).__module__), "__file__", None), *getattr(model, "source_files", ())
-    return [
-        Path(file).read_bytes() for file in sorted({common.__file__, models.__file__, __file__, *filter(None, own)})
-    ]
+    files = {common.__file__, models.__file__, __file__, *filter(None, own)}
+    return [Path(file).read_bytes() for file in sorted(files)]
 
 
 def accuracy(correct: Tensor | np.ndarray) -> dict:
