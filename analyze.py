@@ -134,12 +134,12 @@ def gradient_norms(net: nn.Module, x: Tensor, y: Tensor, size: int = 1) -> tuple
 
 
 def gradient_norm_ratio(net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> dict:
-    """E(||grad_w L(x*)|| / ||grad_w L(x)||), by layer w, L the training loss (HE, Fig. 3). Returns `layers`, for each
-    `batch`, the mean over batches of 128 in train mode, as in the authors' code; and over 100 single images in eval
-    mode `mean` and `median`, with `low` and `high`, its 95 % interval (None below six images). `left_out` images have
-    no ratio: their clean gradient is 0 in float32, or one of the two is not finite."""
-    training, few = copy.deepcopy(net).train(), slice(None, None, max(len(y) // 100, 1))  # batch statistics change
-    batch = (gradient_norms(training, x_adv, y, 128)[1] / gradient_norms(training, x, y, 128)[1]).mean(0)
+    """E(||grad_w L(x*)|| / ||grad_w L(x)||), by layer w, L the training loss (HE, Fig. 3): `batch`, the mean of batches
+    of 128 in train mode, as in the authors' code; over 100 single images in eval mode, without `left_out` ones of which
+    a gradient is 0 or not finite, `mean` and `median`, with `low` and `high`, its 95 % interval (None below six)."""
+    training, whole = copy.deepcopy(net).train(), max(len(y) // 128 * 128, min(len(y), 128))  # its statistics change
+    norms = [gradient_norms(training, images[:whole], y[:whole], 128)[1] for images in (x_adv, x)]
+    batch, few = (norms[0] / norms[1]).mean(0), torch.linspace(0, len(y) - 1, min(100, len(y))).round().long()
     x, x_adv, y = x[few], x_adv[few], y[few]
     layers, clean = gradient_norms(net, x, y)
     ratio = gradient_norms(net, x_adv, y)[1] / clean
@@ -166,7 +166,7 @@ def plot_gradients(results: dict[str, dict], args: Namespace) -> None:
         axis.plot(batch, places, "x", color=f"C{i}", markersize=4)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", yticks=range(len(layers)), yticklabels=layers, ylim=(len(layers) - 0.5, -0.5))
-    axis.set_xlabel("attacked / clean; filled: median, 95 % interval; hollow: mean; cross: of batches", fontsize=8)
+    axis.set_xlabel("attacked / clean; filled: median, 95 % interval;\nhollow: mean; cross: of batches", fontsize=8)
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     save_figure(figure, f"gradients of the training loss: {args.ball}, PGD-20", "gradients", args)
@@ -318,13 +318,14 @@ def geodesic(model: eval_all.Model, x: Tensor, y: Tensor, args: Namespace) -> di
         return (predicted == labels) & logits.isfinite().all(1), angle, angle / thresholds[predicted]  # rejected: > p
 
     if not p:
-        held_out = common.images_at(args.data.x_train, args.data.val, args.device)
-        labels = args.data.y_train[args.data.val].to(args.device)
+        data = common.load_data(*(model.meta["args"][key] for key in ("dataset", "data_dir", "limit")))
+        held_out, labels = common.images_at(data.x_train, data.val, args.device), data.y_train[data.val].to(args.device)
         correct, _, clean = infer(held_out, labels)
         correct_adv, _, moved = infer(attacked(pgd_40, net, held_out, labels, args), labels)
         ratios = torch.cat([moved[correct & ~correct_adv], clean]).cpu()
         rejected_clean, rejected, at = roc_curve(np.arange(len(ratios)) < len(ratios) - len(clean), ratios)
         p = float(at[(rejected - rejected_clean).argmax()]) * (1 - 1e-6)  # an image at this ratio is rejected
+        p = p if math.isfinite(p) else 1.0  # where no p separates them
 
     def rate(flags: Tensor) -> dict | None:
         row = eval_all.accuracy(flags) if len(flags) else None
@@ -381,8 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, text in ANALYSES.items():
         kind = {"metavar": "DIR", "type": Path} if name == "corruptions" else {"action": "store_true"}
         parser.add_argument(f"--{name}", help=text, **kind)
-    p = "p of --geodesic; 0: chosen on held-out training images (default: 1)"
-    parser.add_argument("--geodesic-p", type=common.number(float, 0), default=1.0, help=p)
+    parser.add_argument("--geodesic-p", type=common.number(float, 0), default=1.0, help="0: chosen on held-out images")
     args = parser.parse_args(argv, Namespace(source=[]))
     if not any(getattr(args, name) for name in ANALYSES):
         parser.error(f"give at least one of --{', --'.join(ANALYSES)}")

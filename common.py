@@ -838,7 +838,7 @@ class Run:
 
     def _checkpoint(self) -> dict:
         options = {key: value for key, value in self.model.options.items() if value != models.DEFAULTS.get(key)}
-        facts = {"model_options": options, "method": self.args.method, "args": vars(self.args)}
+        facts = {"model_options": options, "method": self.args.method, "args": vars(self.args), "natural": self.natural}
         facts |= {"epoch": self.epoch, "history": self.history, "hardware": hardware(self.args.device)}
         state = {"model": self.evaluated.state_dict(), "criterion": self.criterion.state_dict()}
         state |= {"trained": self.model.state_dict()} if self.average else {}

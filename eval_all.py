@@ -479,7 +479,8 @@ PAPER = {"angular": "angular_at", "dsphere": "dsphere", "cnn": "dsphere", "abcl"
 PAPER |= {"weightpen": "weightpen", "mart": "weightpen", "mmc": "weightpen"}
 PAPER |= {("weightpen", "mnist"): "weightpen-mnist", ("he", "imagenet"): "he-imagenet"}
 PAPER |= {(method, "cifar10"): "he-fast" for method in ("fast", "free")}
-PRESET_EPS = dict.fromkeys([("dsphere", "cifar10"), ("weightpen", "cifar10"), ("he-fast", "cifar10")], 8 / 255)
+PRESET_EPS = {(preset, dataset): 8 / 255 for preset in ("dsphere", "weightpen") for dataset in ("cifar10", "cifar100")}
+PRESET_EPS |= {("he-fast", "cifar10"): 8 / 255}
 DEFAULTS = {  # Linf eps and step size, L2 eps, of the papers' evaluations; those of digits are ours
     "digits": (0.1, 0.01, 0.5),
     "mnist": (0.3, 0.01, 3.0),
@@ -553,7 +554,7 @@ def preset_eps(text: str, targets: list[Model], dataset: str | None) -> float | 
     papers = {paper_preset(model, dataset) for model in targets} if "paper" in names else set()
     found = {PRESET_EPS.get((name, dataset)) for name in names & PRESETS.keys() - {"quick", "all"} | papers}
     if len(found) > 1:
-        raise common.UserError("the papers of these presets have different eps: give --eps")
+        raise common.UserError("the papers of these presets have different eps (8/255 or the dataset's): give --eps")
     return found.pop() if found else None
 
 
@@ -1226,7 +1227,7 @@ def main(argv: list[str] | None = None) -> None:
     for model in found:
         print(f"{model.name}: {len(attacks)} attacks on {len(y)} images of {data.name}")
         trained, eps = model.meta.get("args", {}).get("eps"), Settings(options["eps"], args.norm, data.known).eps
-        if trained and args.norm == "linf" and abs(trained - eps) > 0.001:
+        if trained and not model.meta.get("natural") and args.norm == "linf" and abs(trained - eps) > 0.001:
             print(f"note: {model.name} was trained with eps {trained:.4g}, not {eps:.4g}")
         folder, about = out / model.name if len(found) > 1 else out, describe(model, data, args)
         results.append(evaluate(model.net, x, y, attacks, folder=folder, about=about, **options))

@@ -60,8 +60,8 @@ def cosine(z: Tensor, weight: Tensor) -> Tensor:
 
 
 # g(w, x) of D-SphereNet, Sec. 4.1: cos(theta), truncated: min(1, ||x||) * cos(theta), and these functions of
-# cos(theta). Linear and sigmoid are of Liu et al. 2017. The quadratic one is cut at -1: below it, for a = 1 at angles
-# over 114 degrees, a ReLU would hide it anyway.
+# cos(theta). Linear and sigmoid are of Liu et al. 2017. The quadratic one is cut at -1, where it has no gradient: for
+# a = 1 at angles over 114 degrees.
 SIGMOID_K = 0.5
 ANGULAR_FUNCTIONS = {
     "linear": lambda cos: 1 - arccos(cos) * (2 / math.pi),

@@ -16,10 +16,11 @@ and their class weight go into the checkpoint, for the robust geodesic inference
 The paper leaves open, and we set: eta 0.01, orth 1e-4, |a| starting at 10 with a learning rate of its own, l falling
 from 10 to 0.1 as 10 / (1 + 300 * share of the run that is done), sigmoid k 0.5, the quadratic correlation cut at -1.
 The last hidden layer has no ReLU: the features of the paper's Fig. 1 and 2, with 2 in place of 256 outputs, have
-negative coordinates. The orthogonality is that of the normalized kernels; the paper writes W, but only their directions
-count. Its MNIST attack step, 0.75, is above eps and read as 0.075. Sec. 7.1 trains on CIFAR-10 with eps 8/255; Sec. 7.2
-attacks with "0.3" of 255, which contradicts it, and hardly moves the plain CNN: we take 8/255. --manifold simplex, L1
-in place of L2, is our reading of Sec. 4.4; its correlations are of order 1 / n: use --loss wm there. How wm and
+negative coordinates (those of the plain CNN; "we usually use" ReLUs, says Sec. 4.1). The orthogonality is that of the
+normalized kernels; the paper writes W, but only their directions count. Its MNIST attack step, 0.75, is above eps and
+read as 0.075. Sec. 7.1 trains on CIFAR-10 with eps 8/255; Sec. 7.2 attacks with "0.3" of 255, which contradicts it, and
+hardly moves the plain CNN: we take 8/255. --manifold simplex, L1 in place of L2, is our reading of Sec. 4.4; its
+correlations are of order 1 / n: use --loss wm there, and for --feature-dim 2, whose ||x|| is at most 1.4. How wm and
 annealing go together, a row of its Table 2, the paper does not say: --loss is one of them.
 
 Evaluate last.pt under --loss annealing: best.pt may be of an epoch in which l, the share of the easier loss, was large.
@@ -91,9 +92,7 @@ def parse_args(argv=None):
     flag, number = parser.add_argument, common.number
     kinds = ("inner", *models.CORRELATIONS)
     flag("--correlation", choices=kinds, default="cosine", help="g (default: cosine; Sec. 4.1)")
-    flag(
-        "--quadratic-a", type=number(float, 0), default=1.0, help="a of --correlation quadratic (default: 1; Sec. 4.1)"
-    )
+    flag("--quadratic-a", type=number(float, 0.01, 2), default=1.0, help="a of quadratic (default: 1; Sec. 4.1)")
     flag("--manifold", choices=("sphere", "simplex"), default="sphere", help="normalize by L2 or L1 (Sec. 4.4)")
     flag("--loss", choices=("wsoftmax", "wm", "annealing"), default="wsoftmax", help="(default: wsoftmax; Eq. 4)")
     flag("--eta", type=number(float, 0), default=0.01, help="of |a| in --loss wm (default: 0.01; ours)")
@@ -152,6 +151,8 @@ def main(argv=None):
             loss, logits = objective(x_adv, y)
             run.step(mix * clean + (1 - mix) * loss + args.orth * orthogonality(model), logits, y)
         run.finish_epoch(**({"multiplier": a.item()} if args.loss == "wm" else {}))
+    if args.loss == "annealing":
+        print(f"its loss has changed since best.pt: python eval_all.py {run.out / 'last.pt'}")
     for path in () if plain or run.rank else (run.out / "best.pt", run.out / "last.pt"):
         model, _ = common.load_checkpoint(path, args.device)
         common.save(common.read_file(path) | {"geodesic": geodesic_statistics(model, data)}, path)

@@ -4,11 +4,12 @@ Paper: Pang et al., "Rethinking Softmax Cross-Entropy Loss for Adversarial Robus
 
     minimize ||z - mu_y||^2 / 2
 
-The authors' code leaves out the 1/2, so its gradients are twice as large; Adam does not see the difference.
+The authors' code leaves out the 1/2, so its gradients are twice as large: with SGD double --lr and halve --weight-decay
+for their steps; Adam does not see the difference.
 mu_1 ... mu_K are fixed centers of length 10 whose pairwise cosines are all -1 / (K - 1); the nearest one is the
 prediction. model(x) gives -||z - mu_k||^2 / 2. z is a linear layer of the network (256 dimensions): the centers have
-negative coordinates, which no ReLU reaches. With --feature-dim 0 z is the network's last ReLU itself, as in the row of
-the weight penalization paper. Natural training; --adversarial trains on PGD examples of the same loss.
+negative coordinates, which no ReLU reaches. With --feature-dim 0 z is the network's last ReLU itself: our reading of
+the row of the weight penalization paper. Natural training; --adversarial trains on PGD examples of the same loss.
 
     python train_mmc.py                                        # on the bundled digits
     python train_mmc.py --dataset mnist --adversarial

@@ -22,7 +22,6 @@ A defense without adversarial examples that holds against PGD is what gradient m
 """
 
 import common
-import models
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +48,8 @@ def simplex_penalty(weight, s, norm):
 def parse_args(argv=None):
     parser = common.training_parser(__doc__, argv, OVERRIDES)
     flag, number = parser.add_argument, common.number
-    flag("--activation", choices=models.ACTIVATIONS, default="tanh", help="the last one (default: tanh; Sec. 3.2)")
+    kinds = ("tanh", "relu", "prelu", "leaky_relu")
+    flag("--activation", choices=kinds, default="tanh", help="the last one (default: tanh; Sec. 3.2)")
     flag("--alpha", type=number(float, 0), default=100.0, help="of the penalty (default: 100; Sec. 4)")
     flag("--weight-norm", type=number(float, 0), default=0.1, help="s, of the class weights (default: 0.1; Sec. 4)")
     flag("--penalty-norm", choices=("frobenius", "spectral"), default="frobenius", help="(default: frobenius)")

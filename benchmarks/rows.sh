@@ -25,7 +25,9 @@ measure() { # script, row, name, flags
     [ "$1" = eval_all.py ] || file=analysis.json
     [ -e "$to/$file" ] && return
     mkdir -p "$out" "$to"
-    "$python" "$1" "$runs/$2" --data-dir "$data" --out "$out" "${@:4}" >"$out/log"
+    local network=$runs/$2
+    [[ $2 != *anneal* ]] || network+=/last.pt # its loss has changed since best.pt
+    "$python" "$1" "$network" --data-dir "$data" --out "$out" "${@:4}" >"$out/log"
     [ "$1" != eval_all.py ] || cp "$out/verdicts.npz" "$to"
     cp "$out/$file" "$to/partial"
     mv "$to/partial" "$to/$file" # last, because this file marks the evaluation as complete

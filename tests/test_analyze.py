@@ -133,11 +133,12 @@ def test_the_factor_of_the_geodesic_thresholds_is_chosen_on_held_out_images(monk
     held_out, y, far = at_angle(10.0, 15.0, 20.0, 30.0), torch.zeros(4, dtype=torch.long), math.degrees(0.2)
     moved = at_angle(90 - 1.75 * far, 90 - 3.5 * far, 20.0, 30.0)
     monkeypatch.setattr(analyze, "attacked", lambda attack, net, x, y, args: moved if len(x) == 4 else x)
-    model = eval_all.Model(
-        "plane", Plane(), {"geodesic": {"mean": [math.radians(15), 0.1], "std": [math.radians(5), 0.1]}}
-    )
+    meta = {"args": {"dataset": "toy.npz", "data_dir": "data", "limit": 6000}}
+    meta["geodesic"] = {"mean": [math.radians(15), 0.1], "std": [math.radians(5), 0.1]}
+    model = eval_all.Model("plane", Plane(), meta)
     args, rows = make_args(geodesic_p=0), torch.arange(4)
-    args.data = common.Data("toy", None, held_out, y, held_out, y, rows, rows, 2, "memory")
+    data = common.Data("toy", None, held_out, y, held_out, y, rows, rows, 2, "memory")  # that of the training
+    monkeypatch.setattr(common, "load_data", lambda *call: data if call == ("toy.npz", "data", 6000) else None)
     rates = analyze.geodesic(model, at_angle(34.0, 36.0), y[:2], args)["pgd-40"]
     assert rates["p"] == pytest.approx(1.75, rel=1e-3) and rates["rejected clean"]["count"] == 1  # 35 degrees
 
