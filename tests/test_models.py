@@ -183,7 +183,7 @@ def test_a_published_state_dict_loads_and_gives_the_same_logits(tmp_path, capsys
     model, _ = eval_all.load_published(tmp_path / "published.pt", arch="wrn-16-2", head=head)
     x, err = torch.rand(3, 3, 32, 32), capsys.readouterr().err
     torch.testing.assert_close(model(x), published_forward(state, x, blocks=2, he=head == "he"))
-    assert "not used: sub_block1.layer.0.bn1.weight, " in err and err.count("\n") == 1
+    assert f"not used: {prefix}sub_block1.layer.0.bn1.weight, " in err and err.count("\n") == 1
 
 
 PUBLISHED_NAMES = {  # ours -> those of the authors' repositories
