@@ -137,9 +137,10 @@ def gradient_norm_ratio(net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> 
     """E(||grad_w L(x*)|| / ||grad_w L(x)||), by layer w, L the training loss (HE, Fig. 3): `batch`, the mean of batches
     of 128 in train mode, as in the authors' code; over 100 single images in eval mode, without `left_out` ones of which
     a gradient is 0 or not finite, `mean` and `median`, with `low` and `high`, its 95 % interval (None below six)."""
-    training, whole = copy.deepcopy(net).train(), max(len(y) // 128 * 128, min(len(y), 128))  # its statistics change
+    training = copy.deepcopy(net).train(len(y) > 1)  # its batch statistics change
+    whole, few = max(len(y) // 128 * 128, 128), torch.linspace(0, len(y) - 1, min(100, len(y))).round().long()
     norms = [gradient_norms(training, images[:whole], y[:whole], 128)[1] for images in (x_adv, x)]
-    batch, few = (norms[0] / norms[1]).mean(0), torch.linspace(0, len(y) - 1, min(100, len(y))).round().long()
+    batch = (norms[0] / norms[1]).nanmean(0)
     x, x_adv, y = x[few], x_adv[few], y[few]
     layers, clean = gradient_norms(net, x, y)
     ratio = gradient_norms(net, x_adv, y)[1] / clean
@@ -305,7 +306,7 @@ def geodesic(model: eval_all.Model, x: Tensor, y: Tensor, args: Namespace) -> di
     {attack: the rates of GEODESIC, None where there is no such image} for PGD-40 and geodesic_pgd. With --geodesic-p 0
     p maximizes the share of rejected adversarial minus that of rejected clean images among the held-out ones."""
     net, (mean, std) = model.net, (torch.tensor(model.meta["geodesic"][key]) for key in ("mean", "std"))
-    thresholds, p = (mean + std).to(args.device), args.geodesic_p
+    thresholds, p = (mean + std).clamp(min=1e-6).to(args.device), args.geodesic_p
     budget = dict(eps=args.eps, step_size=2.5 * args.eps / 40, steps=40)
     pgd_40 = partial(common.pgd, loss=eval_all.cross_entropy, **budget)
 
@@ -318,14 +319,13 @@ def geodesic(model: eval_all.Model, x: Tensor, y: Tensor, args: Namespace) -> di
         return (predicted == labels) & logits.isfinite().all(1), angle, angle / thresholds[predicted]  # rejected: > p
 
     if not p:
-        data = common.load_data(*(model.meta["args"][key] for key in ("dataset", "data_dir", "limit")))
+        data = common.load_data(*(vars(args).get(k) or model.meta["args"][k] for k in ("dataset", "data_dir", "limit")))
         held_out, labels = common.images_at(data.x_train, data.val, args.device), data.y_train[data.val].to(args.device)
         correct, _, clean = infer(held_out, labels)
         correct_adv, _, moved = infer(attacked(pgd_40, net, held_out, labels, args), labels)
         ratios = torch.cat([moved[correct & ~correct_adv], clean]).cpu()
         rejected_clean, rejected, at = roc_curve(np.arange(len(ratios)) < len(ratios) - len(clean), ratios)
-        p = float(at[(rejected - rejected_clean).argmax()]) * (1 - 1e-6)  # an image at this ratio is rejected
-        p = p if math.isfinite(p) else 1.0  # where no p separates them
+        p = float(at[1:][(rejected - rejected_clean)[1:].argmax()]) * (1 - 1e-6)  # an image at this ratio is rejected
 
     def rate(flags: Tensor) -> dict | None:
         row = eval_all.accuracy(flags) if len(flags) else None

@@ -183,8 +183,7 @@ def read_npz(path: Path) -> list[np.ndarray]:
         raise UserError(f"{path}: not an .npz of x_train, y_train, x_test, y_test ({error})") from None
     for key, x, y in zip(keys[::2], arrays[::2], arrays[1::2], strict=True):
         if not x.size or x.ndim not in (3, 4) or (x.ndim == 4 and not {x.shape[1], x.shape[3]} & {1, 3}):
-            needed = "(N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3"
-            raise UserError(f"{path}: {key} has shape {x.shape}; needed: {needed}")
+            raise UserError(f"{path}: {key} has shape {x.shape}; needed: (N, H, W[, C]) or (N, C, H, W), C 1 or 3")
         if x.dtype != np.uint8 and not (x.dtype.kind == "f" and x.min() >= 0 and x.max() <= 1):
             raise UserError(f"{path}: {key} is {x.dtype}; needed: uint8 from 0 to 255, or floats from 0 to 1")
         if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or not 0 <= y.min() <= y.max() < 10**5:
@@ -327,12 +326,11 @@ def device_flag(text: str) -> str:
     """An argparse type: cpu, cuda or cuda:N, if this machine has it; auto: cuda if torch sees a GPU, else cpu."""
     if text == "auto":
         if NVIDIA.exists() and not torch.cuda.is_available() and os.environ.get("LOCAL_RANK", "0") == "0":
-            advice = "is it hidden, or torch a build for the CPU or for a newer CUDA than the driver's?"
-            print(f"warning: {NVIDIA} exists, but torch sees no GPU and runs on the CPU: {advice}", file=sys.stderr)
+            print(f"warning: {NVIDIA} exists, torch sees no GPU: install one for this driver's CUDA", file=sys.stderr)
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=text).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"{text!r} is not available ({str(error).splitlines()[0]})") from None
     return text
 
@@ -538,9 +536,13 @@ def write_file(content: bytes, path: Path) -> None:
 
 
 def save(content: dict, path: Path) -> None:
-    """torch.save, through write_file, with numpy's numbers as Python's: weights_only reads no others."""
+    """torch.save, through write_file."""
+
+    def plain(value: object) -> object:  # weights_only reads no numbers of numpy and no paths
+        return value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
+
     buffer = io.BytesIO()
-    torch.save(tree_map(lambda value: value.item() if isinstance(value, np.generic) else value, content), buffer)
+    torch.save(tree_map(plain, content), buffer)
     write_file(buffer.getbuffer(), path)
 
 
@@ -616,12 +618,12 @@ class Run:
     """What every training loop needs around it: device, batches, optimizer, schedule, log, checkpoints, resume.
 
     `criterion` is a loss with parameters, trained and saved beside the model. With `replays` each batch comes that many
-    times in a row (FreeAT). `natural` says that the loss sees no adversarial images: best.pt is then the epoch of the
-    best held-out clean accuracy, else of PGD's. A script may set run.optimizer before epochs(); the schedule scales the
-    rate of each group. With --ema a checkpoint's model is the average; it holds the trained weights too. The random
-    numbers of a batch follow from (seed, epoch, batch, rank), so a resumed run ends bit for bit where an uninterrupted
-    one does (on a CPU). SIGTERM and Ctrl-C save the place in the epoch, with run.carry, the tensors that a script hands
-    from batch to batch. SIGKILL, or a signal to one of several ranks, costs the epoch."""
+    times in a row (FreeAT). `natural`: no adversarial images are trained on, and best.pt is the epoch of the best clean
+    held-out accuracy, else of PGD's. A script may set run.optimizer before epochs(); each of its groups has a rate of
+    its own. With --ema a checkpoint's model is the average; the trained weights are there too. The random numbers of a
+    batch follow from (seed, epoch, batch, rank): a resumed run ends bit for bit as an uninterrupted one (on a CPU).
+    SIGTERM and Ctrl-C save the place in the epoch, with run.carry, the tensors that a script hands from batch to batch.
+    SIGKILL, or a signal to one of several ranks, costs the epoch."""
 
     def __init__(self, args, model: models.Classifier, data: Data, criterion=None, replays=1, natural=False):
         self.args, self.data, self.out, self.replays, self.natural = args, data, Path(args.out), replays, natural
@@ -715,13 +717,13 @@ class Run:
             name, saved = type(self.optimizer).__name__, self.resumed["optimizer"]
             if (old := self.resumed.get("optimizer_class", name)) != name:
                 raise UserError(f"--resume: the optimizer was {old}, now {name}")
-            for group, old in zip(self.optimizer.param_groups, saved["param_groups"], strict=False):
-                old["initial_lr"] = group["lr"]  # older files have none
+            for group, before in zip(self.optimizer.param_groups, saved["param_groups"], strict=False):
+                before["initial_lr"] = group["lr"]  # older files have none
             self._load(self.optimizer, saved)
             self.resumed = {}
-        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if any(id(p) not in trained for p in self.criterion.parameters()):
-            print("warning: the optimizer does not have all parameters of the criterion", file=sys.stderr)
+        trained, own = {p for g in self.optimizer.param_groups for p in g["params"]}, {*self.criterion.parameters()}
+        if not own <= trained <= {*own, *self.model.parameters()}:
+            print("warning: the optimizer lacks parameters of the criterion, or has unsaved ones", file=sys.stderr)
         stops = (signal.SIGINT, signal.SIGTERM) if self.ranks == 1 else ()
         usual = {number: signal.signal(number, self._on_signal) for number in stops}
         try:
@@ -774,8 +776,8 @@ class Run:
 
     def step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
         """Backward, optimizer, schedule; `logits` on the images trained on give the running accuracy."""
-        for module in (self.model, self.criterion):
-            module.zero_grad(set_to_none=True)
+        for each in (self.model, self.criterion, self.optimizer):  # which may have parameters of neither
+            each.zero_grad(set_to_none=True)
         loss.backward()
         groups = self.optimizer.param_groups
         all_mean([p.grad for group in groups for p in group["params"] if p.grad is not None])
@@ -796,8 +798,7 @@ class Run:
 
     def finish_epoch(self, **figures: float) -> None:
         """Held-out accuracy, a line, log.csv with the script's `figures`, best.pt, last.pt. UserError if NaN."""
-        nets = (self.model, self.evaluated) if self.average else (self.model,)
-        batch_norm = [buffer for net in nets for name, buffer in net.named_buffers() if "running" in name]
+        batch_norm = [b for net in (self.model, self.evaluated) for name, b in net.named_buffers() if "running" in name]
         all_mean([self.totals, *batch_norm, *(b for b in self.criterion.buffers() if b.is_floating_point())])
         self._check_finite()
         loss, correct, count = (self.totals * self.ranks).tolist()
@@ -818,16 +819,15 @@ class Run:
         print(" ".join(f"{key} {value:.4g}" for key, value in row.items()) + " *" * best, flush=True)
 
     def _held_out(self) -> tuple[float, float]:
-        """Clean and PGD accuracy in %, in float32 (TF32 on CUDA), on the held-out images, with the training eps."""
+        """Clean and PGD accuracy in % of held-out images, float32 (TF32 on CUDA), at the training eps."""
         args, data, model, correct = self.args, self.data, self.evaluated, torch.zeros(2, device=self.args.device)
-        step_size = min(args.step_size, 2.5 * args.eps / args.steps)  # one-step methods train with a longer one
+        attack = dict(eps=args.eps, step_size=min(args.step_size, 2.5 * args.eps / args.steps), steps=args.steps)
         rows = data.val[self.rank :: self.ranks].split(args.batch_size // self.ranks)
         images = data.x_train.read(rows) if isinstance(data.x_train, ImageFiles) else (data.x_train[r] for r in rows)
         torch.manual_seed(derive_seed(args.seed, 0, 0, self.rank))
         model.amp = False  # in bfloat16 a saturated activation has no gradient, and the attack is weaker
         for batch, x in zip(rows, images, strict=True):
             x, y = to_float(x.to(args.device)), data.y_train[batch].to(args.device)
-            attack = dict(eps=args.eps, step_size=step_size, steps=args.steps)
             x_adv = pgd(model, x, y, loss=lambda z, y: margin_ce(z, y, model.scale), **attack)
             with frozen_eval(model), torch.no_grad():
                 clean, robust = (model(images).argmax(1) == y for images in (x, x_adv))

@@ -427,9 +427,10 @@ class Attack:
         parts, functions = [replace(self, run=None)], [self.run]
         while functions:
             function = functions.pop()
-            keywords = getattr(function, "keywords", {})  # of a partial
-            parts.append({key: value for key, value in keywords.items() if not callable(value)})
-            functions += [value for value in keywords.values() if callable(value)]
+            cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+            values = {**getattr(function, "keywords", {}), **dict(enumerate([*getattr(function, "args", ()), *cells]))}
+            parts.append({key: value for key, value in values.items() if not callable(value)})
+            functions += [value for value in values.values() if callable(value)]
             with suppress(OSError, TypeError):  # typed into a console
                 parts.append(inspect.getsource(getattr(function, "func", function)))
         return fingerprint(*parts)
@@ -525,7 +526,7 @@ class Settings:
 
 def find_attack(name: str) -> Attack:
     """One of ATTACKS, with another number of steps (pgd-40), step size (pgd-40@0.01) or restarts (pgd-40@0.01x5)."""
-    restarts = re.search(r"(?<=\d)x(\d+)$", name)
+    restarts = re.search(r"x(\d+)$", name)
     plain, at, step_size = name.removesuffix(restarts[0] if restarts else "").partition("@")
     steps, without = re.search(r"-([1-9]\d*)", plain), re.sub(r"-[1-9]\d*", "", plain, count=1)
     alike = {re.sub(r"-\d+", "", known): attack for known, attack in ATTACKS.items() if attack.steps}
@@ -592,6 +593,7 @@ def transfer_attacks(sources: list[Model]) -> dict[str, Attack]:
 # --------------------------------------------------------------------------------------------------- the evaluator
 # Each batch of an attack is saved in a file. What is there is not computed again, and ranks exchange their results so.
 
+RESERVED = {"index", "label", "clean_prediction", "worst case", "file", "path"}  # no names of attacks
 TOLERANCE = 1e-6  # of a pixel value, in float32
 
 
@@ -758,11 +760,12 @@ def evaluate(
     `index`, the images' numbers in their test set, and with save_adversarial a file of x_adv for each attack. A second
     call goes on where an interrupted one stopped, and adds."""
     settings, image = Settings(**options), common.images_at(x, torch.arange(1), y.device)
-    if image.dtype != torch.float32 or not 0 <= image.min() <= image.max() <= 1:
-        raise common.UserError(f"images {x.dtype} up to {float(image.max()):g}; needed: uint8, or float32 in [0, 1]")
-    if y.dtype != torch.int64 or len(y) != len(x):
-        raise common.UserError(f"labels {y.dtype} {tuple(y.shape)}; needed: an int64 label for each of {len(x)} images")
-    if {"index", "label", "clean_prediction", "worst case"} & {*attacks} or (save_adversarial and not folder):
+    if x.dtype != torch.uint8 and (x.dtype != torch.float32 or not 0 <= x.min() <= x.max() <= 1):
+        raise common.UserError(f"images {x.dtype} up to {float(x.max()):g}; needed: uint8, or float32 in [0, 1]")
+    if y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y) or y.min() < 0:
+        raise common.UserError(f"labels {y.dtype} {tuple(y.shape)}; needed: int64 from 0 for each of {len(x)} images")
+    own = {} if isinstance(attacks, str) else {"clean": ATTACKS["clean"]} | attacks
+    if own.keys() & RESERVED or own.get("clean") not in (None, ATTACKS["clean"]) or (save_adversarial and not folder):
         raise common.UserError("an attack has the name of a result, or save_adversarial has no folder")
     if settings.norm == "linf" and settings.eps > 1:
         raise common.UserError(f"eps {settings.eps:g} on images in [0, 1]: give it in pixel units, such as 8/255")

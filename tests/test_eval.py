@@ -246,11 +246,18 @@ def test_an_attacks_identity_is_that_of_its_functions_and_their_settings():
     assert attack(10.0).identity() == attack(10.0).identity() != attack(2.0).identity()
     assert attack(10.0).identity() != attack(10.0, eval_all.cw_margin).identity()
 
+    def moved(k):
+        return Attack(lambda model, x, y, eps, **_: (x + k * eps).clamp(0, 1))
+
+    assert moved(0).identity() == moved(0).identity() != moved(1).identity()
+
 
 @pytest.mark.parametrize("message, changed", [
     ("float64", dict(x=torch.rand(4, 1, 2, 2).double())), ("up to 255", dict(x=torch.full((4, 1, 2, 2), 255.0))),
     ("labels torch.int32", dict(y=torch.zeros(4, dtype=torch.int32))), ("each of 4", dict(y=torch.zeros(3).long())),
-    ("name of a result", dict(attacks={"label": ATTACKS["fgsm"]})), ("no folder", dict(save_adversarial=True)),
+    ("up to 2", dict(x=torch.tensor([0.1, 0.2, 0.3, 2.0]).view(4, 1, 1, 1))), ("from 0", dict(y=torch.arange(4) - 1)),
+    ("name of a result", dict(attacks={"label": ATTACKS["fgsm"]})), ("name", dict(attacks={"clean": ATTACKS["fgsm"]})),
+    ("no folder", dict(save_adversarial=True)),
 ])  # fmt: skip
 def test_what_a_notebook_gives_wrongly_is_refused(message, changed):
     given = dict(x=torch.rand(4, 1, 2, 2), y=torch.zeros(4).long(), attacks="clean", eps=0.1) | changed

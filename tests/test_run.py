@@ -295,14 +295,16 @@ def test_an_average_that_was_stopped_before_the_first_step_begins_with_its_weigh
 def test_numbers_of_numpy_are_saved_as_plain_ones_and_a_best_pt_alone_is_not_overwritten(tmp_path):
     rate = np.logspace(-2, -1, 2)[0]
     args = train_pgd_he.parse_args([*FEW, "--epochs", "1", "--out", str(tmp_path)])
-    args.eps, args.note = np.linspace(0.05, 0.1, 2)[0], tmp_path
+    args.eps, args.note = np.linspace(0.05, 0.1, 2)[0], tmp_path / "a path"
     data = common.load_data(args.dataset, limit=args.limit)
     run = common.Run(args, common.build_model(args, data, scale=np.sqrt(225)), data)
-    run.optimizer, args.note = torch.optim.SGD(run.model.parameters(), lr=rate), None
+    extra = torch.nn.Parameter(torch.tensor(0.0))
+    run.optimizer = torch.optim.SGD([*run.model.parameters(), extra], lr=rate)
     for _ in run.epochs():
         for x, y in run.batches():
             logits = run.model(x)
-            run.step(F.cross_entropy(logits, y), logits, y)
+            run.step(F.cross_entropy(logits, y) + extra, logits, y)
+            assert extra.grad == 1
         run.finish_epoch()
     model, meta = common.load_checkpoint(tmp_path)
     assert (model.scale, meta["args"]["eps"]) == (15.0, 0.05)
