@@ -424,9 +424,12 @@ class Attack:
 
     def identity(self) -> str:
         """Of the settings and the code: another attack of the same name must not take over the results of this one."""
-        parts, functions = [replace(self, run=None)], [self.run]
+        parts, functions, seen = [replace(self, run=None)], [self.run], set()
         while functions:
             function = functions.pop()
+            if id(function) in seen:  # a recursive function is among its own cells
+                continue
+            seen.add(id(function))
             cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
             values = {**getattr(function, "keywords", {}), **dict(enumerate([*getattr(function, "args", ()), *cells]))}
             parts.append({key: value for key, value in values.items() if not callable(value)})
@@ -649,7 +652,7 @@ def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tens
     prediction = predict(model, x_adv)
     distance = torch.where(prediction == y, math.inf, distance)
     verdicts = {
-        "x_adv": torch.where(inside[:, None, None, None], x_adv, x).clamp(0, 1).cpu(),  # what a file keeps
+        "x_adv": torch.where(inside[:, None, None, None], x_adv, x).clamp(0, 1),  # what a file keeps
         "prediction": prediction.cpu(),
         "correct": ((prediction == y) | ~inside).cpu(),
         "distance": distance.cpu(),
@@ -764,8 +767,9 @@ def evaluate(
         raise common.UserError(f"images {x.dtype} up to {float(x.max()):g}; needed: uint8, or float32 in [0, 1]")
     if y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y) or y.min() < 0:
         raise common.UserError(f"labels {y.dtype} {tuple(y.shape)}; needed: int64 from 0 for each of {len(x)} images")
-    own = {} if isinstance(attacks, str) else {"clean": ATTACKS["clean"]} | attacks
-    if own.keys() & RESERVED or own.get("clean") not in (None, ATTACKS["clean"]) or (save_adversarial and not folder):
+    named = {} if isinstance(attacks, str) else attacks
+    misnamed = named.keys() & RESERVED or named.get("clean", ATTACKS["clean"]) != ATTACKS["clean"]
+    if misnamed or (save_adversarial and not folder):
         raise common.UserError("an attack has the name of a result, or save_adversarial has no folder")
     if settings.norm == "linf" and settings.eps > 1:
         raise common.UserError(f"eps {settings.eps:g} on images in [0, 1]: give it in pixel units, such as 8/255")
@@ -986,9 +990,7 @@ def published_options(args: argparse.Namespace) -> dict:
     if args.normalize or (published_he and args.normalize is None):
         options |= {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2471, 0.2435, 0.2616]}
     if args.head != "linear" and args.scale is None:
-        print(
-            f"--head {args.head}: scale {scale:g} is assumed (the HE authors' README trains PGD + HE with --scale 10)"
-        )
+        print(f"--head {args.head}: scale {scale:g} is assumed; the HE authors' README trains PGD + HE with --scale 10")
     return options
 
 
@@ -1151,11 +1153,7 @@ def shared_parser(doc: str) -> common.Parser:
     flag("--out", help="(default: a folder beside the checkpoint; for several models, here)")
     flag("--arch", help="such as wrn-34-10; this and what follows is for a bare state dict")
     flag("--head", default="linear", choices=("linear", "he", "mhe"), help="(default: linear)")
-    flag(
-        "--scale",
-        type=number(float, 0),
-        help="s of the training loss (default: 15, linear 1; the HE authors' README: 10)",
-    )
+    flag("--scale", type=number(float, 0), help="s of the training loss (default: 15, linear 1; HE's README has 10)")
     flag("--margin", type=number(float, 0), help="m of the training loss (default: he 0.2, mhe 0.1, linear 0)")
     flag("--normalize", action=on_off, help="CIFAR-10's mean and std in the network (default: on for he and mhe)")
     return parser

@@ -249,7 +249,14 @@ def test_an_attacks_identity_is_that_of_its_functions_and_their_settings():
     def moved(k):
         return Attack(lambda model, x, y, eps, **_: (x + k * eps).clamp(0, 1))
 
+    def recursive(k):
+        def run(model, x, y, **budget):
+            return run(model, x, y, **budget) if k else x
+
+        return Attack(run)
+
     assert moved(0).identity() == moved(0).identity() != moved(1).identity()
+    assert recursive(0).identity() == recursive(0).identity() != recursive(1).identity()
 
 
 @pytest.mark.parametrize("message, changed", [
