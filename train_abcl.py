@@ -12,7 +12,7 @@ which "jointly" optimize "the minimum inter-class angular distance and intra-cla
 "Jointly" is read as one loss: L_I moves the features alone, since at 512 it would draw the class weights together. FGSM
 on 2,000 training images of MNIST that were held out (--limit 20000 --epochs 4, last.pt, seeds 0 / 1) leaves 34.8 / 22.7
 %; if L_I also moves W 6.6 / 6.2; with L_O over the samples, relu(max over j != y of cos(theta_j) + 1 / (K - 1))^2,
-12.9 / 30.8; with cosface alone 31.0 / 22.9. BIM-20 leaves nothing of any of them (benchmarks/by_hand.md).
+12.9 / 30.8; with cosface alone 31.0 / 22.9. BIM-20 leaves at most 0.2 of any of them (benchmarks/by_hand.md).
 
 --base is L_B. cosface: CE(s * (cos - m * onehot(y))), the feature norm fixed to s (Appendix A). sce: softmax
 cross-entropy on W z + b. ht-sce (Appendix B): a linear layer maps the normalized features of the network to z, then
