@@ -124,7 +124,7 @@ def plot_curves(results: dict[str, dict], args: Namespace) -> None:
 
 def gradient_norms(net: nn.Module, x: Tensor, y: Tensor, size: int = 1) -> tuple[list[str], Tensor]:
     """||grad of the training loss|| of batches of `size`, by weight of two or more axes: names, (batches, layers)."""
-    loss, norms = eval_all.training_loss(net, eval_all.loss_margin(net)), []
+    loss, norms = eval_all.training_loss(net, with_margin=True), []
     weights = {name: p for name, p in net.named_parameters() if p.ndim > 1 and p.requires_grad}
     for images, labels in zip(x.split(size), y.split(size), strict=True):
         grads = torch.autograd.grad(loss(net(images), labels).mean(), list(weights.values()), allow_unused=True)

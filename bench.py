@@ -175,7 +175,7 @@ def bench_attacks(args: argparse.Namespace, data: common.Data) -> list[dict]:
     model.to(memory_format=torch.channels_last)
 
     def pgd_20(amp: bool) -> float:
-        observed = eval_all.Observed(model, amp).eval()
+        observed = eval_all.Observed(model, x, amp).eval()
         y = eval_all.predict(observed, x)  # in the precision of the attack, or a near tie could fool the model
         return len(x) * calls_per_s(lambda: eval_all.ATTACKS["pgd-20"](observed, x, y, eps=1e-6))
 

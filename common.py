@@ -447,12 +447,16 @@ def margin_ce(logits: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0
 @contextmanager
 def frozen_eval(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode and frozen parameters: an attack changes no batch statistic and computes no weight gradient."""
-    was_training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
+    modes = [(module, module.training) for module in model.modules()]  # some may stay in eval mode in training
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
     try:
+        for p in trained:
+            p.requires_grad_(False)
         yield
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
         for p in trained:
             p.requires_grad_(True)
 

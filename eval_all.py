@@ -1,6 +1,6 @@
 """Every attack against any checkpoint: a table, and the worst case over all attacks, image by image.
 
-    python eval_all.py runs/angular_at-digits-s0                    # a run folder (its best.pt) or a .pt file
+    python eval_all.py runs/angular_at-digits-s0                           # a run folder (its best.pt) or a .pt file
     python eval_all.py runs/A --attacks autoattack,pgd-40@0.01,cw-inf-100 --restarts 5 --num-images 1000
     python eval_all.py runs/A runs/B --source runs/C --attacks paper       # several models; transfer from C
     python eval_all.py wrn.pt --arch wrn-34-10 --head he --dataset cifar10 # a published TRADES / MART / HE file
@@ -13,12 +13,9 @@ In a notebook, for any nn.Module that maps images in [0, 1] to logits:
     result = evaluate(model, x, y, attacks="quick,autoattack", eps=8 / 255)
 
 An attack is a function (model, x, y, *, eps, norm, steps, step_size, **_) -> x_adv. x and x_adv are (B, C, H, W) in
-[0, 1], y is (B,), eps and step_size are in pixel units, norm is "linf" or "l2". The model is in eval mode, its
-parameters are frozen. To add an attack, write the function and a line in ATTACKS, `"mine-20": Attack(mine, steps=20)`;
-steps and step_size are passed only if `steps` is set there. `**_` takes what the function does not need.
-
-Attacks only propose images; `attack_batch` decides. x_adv outside the ball or [0, 1] is an error of the attack. An
-image is robust if the model classifies it correctly in float32, clean and under the attack. README.md lists the papers.
+[0, 1], y is (B,), eps and step_size are in pixel units, norm is "linf" or "l2"; steps and step_size come only if its
+line in ATTACKS sets `steps`: `"mine-20": Attack(mine, steps=20)`. The model is in eval mode and frozen. Attacks only
+propose images; `attack_batch` decides: an image is robust if it is classified correctly in float32, clean and attacked.
 """
 
 import argparse
@@ -29,6 +26,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import re
 import sys
@@ -36,8 +34,8 @@ import tempfile
 import time
 import warnings
 from collections import namedtuple
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,19 +57,13 @@ from tqdm import tqdm
 cross_entropy = partial(F.cross_entropy, reduction="none")  # of each image, (B,)
 
 
-def loss_scale(model: nn.Module) -> float:
-    """The scale s by which the training loss multiplies the logits: `model.scale` if it is a number, else 1."""
-    return model.scale if isinstance(getattr(model, "scale", None), int | float) else 1.0
-
-
-def loss_margin(model: nn.Module) -> float:
-    """The margin m of the training loss: `model.margin` if it is a number, else 0."""
-    return model.margin if isinstance(getattr(model, "margin", None), int | float) else 0.0
-
-
-def training_loss(model: nn.Module, margin: float = 0.0, factor: float = 1.0) -> Callable[..., Tensor]:
-    """CE(factor * s * (logits - m * onehot(y)), y) of each image (HE, Eq. 6), s the model's scale."""
-    return partial(common.margin_ce, scale=factor * loss_scale(model), margin=margin, reduction="none")
+def training_loss(model: nn.Module, factor: float = 1.0, with_margin: bool = False) -> Callable[..., Tensor]:
+    """CE(factor * s * (logits - m * onehot(y)), y) of each image (HE, Eq. 6), s and m the numbers model.scale and
+    model.margin: without them, 1 and 0."""
+    scale, margin = (getattr(model, name, None) for name in ("scale", "margin"))
+    scale = scale if isinstance(scale, int | float) else 1.0
+    margin = margin if with_margin and isinstance(margin, int | float) else 0.0
+    return partial(common.margin_ce, scale=factor * scale, margin=margin, reduction="none")
 
 
 def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -90,30 +82,23 @@ def fgsm(model, x, y, *, eps, norm="linf", loss=cross_entropy, **_):
     return common.pgd(model, x, y, loss=loss, eps=eps, step_size=eps, steps=1, start=x, norm=norm)
 
 
-def pgd(model, x, y, *, loss=cross_entropy, early_stop=True, **budget):
+def pgd(model, x, y, *, loss=cross_entropy, start=None, clean_start=False, early_stop=True, **budget):
     """Madry et al. 2018, CE on model(x). On an HE model these are raw cosines: a flat softmax, and a weak attack."""
-    early_stop = early_stop and not getattr(model, "amp", False)  # bfloat16 is too coarse to tell when to stop
-    return common.pgd(model, x, y, loss=loss, early_stop=early_stop, **budget)
+    early_stop = early_stop and getattr(model, "exact", True)
+    return common.pgd(model, x, y, loss=loss, start=x if clean_start else start, early_stop=early_stop, **budget)
 
 
-def bim(model, x, y, **budget):
-    """Kurakin et al. 2017 (HE, Eq. 18): PGD from the image itself."""
-    return pgd(model, x, y, start=x, **budget)
+bim = partial(pgd, clean_start=True)  # Kurakin et al. 2017 (HE, Eq. 18): from the image itself
+mim = partial(pgd, clean_start=True, momentum=1.0)  # Dong et al. 2018 (HE, Eq. 19 and 20): L1-normalized gradients
+cw_inf = partial(pgd, loss=cw_margin)  # Carlini & Wagner 2017 in the ball: PGD on the margin (Angular-AT, Sec. 5)
 
 
-def mim(model, x, y, **budget):
-    """Dong et al. 2018 (HE, Eq. 19 and 20): BIM with momentum 1 on the L1-normalized gradient."""
-    return pgd(model, x, y, start=x, momentum=1.0, **budget)
-
-
-def pgd_scaled(model, x, y, *, factor=1.0, **budget):
+def pgd_scaled(model, x, y, *, factor=1.0, with_margin=False, **budget):
     """PGD on CE(factor * s * model(x), y), s the scale that the model was trained with (1 for a linear head)."""
-    return pgd(model, x, y, loss=training_loss(model, factor=factor), **budget)
+    return pgd(model, x, y, loss=training_loss(model, factor, with_margin), **budget)
 
 
-def adaptive_pgd(model, x, y, **budget):
-    """PGD on the training cross-entropy with its scale and margin (HE, Sec. 4.1, 'Adaptive attacks')."""
-    return pgd(model, x, y, loss=training_loss(model, loss_margin(model)), **budget)
+adaptive_pgd = partial(pgd_scaled, with_margin=True)  # on the training loss (HE, Sec. 4.1, 'Adaptive attacks')
 
 
 def pgd_fn(model, x, y, **budget):
@@ -130,28 +115,20 @@ def pgd_fn(model, x, y, **budget):
         hook.remove()
 
 
-cw_inf = partial(pgd, loss=cw_margin)  # Carlini & Wagner 2017 in the ball: PGD on the margin (Angular-AT, Sec. 5)
-
-
-def towards(logits: Tensor, target: Tensor) -> Tensor:
-    return -cross_entropy(logits, target)
-
-
-def target_logit(logits: Tensor, target: Tensor) -> Tensor:
-    return logits.gather(1, target[:, None]).squeeze(1)
-
-
 def mta(model, x, y, **budget):
     """Multi-target attack (WeightPen, Sec. 4): PGD towards each wrong class, likeliest first, until one succeeds. On an
     MMC model it minimizes the MMC loss of the target, which is minus the target's logit."""
     mmc = isinstance(getattr(model, "fc", None), models.MMCHead)
+
+    def towards(logits: Tensor, target: Tensor) -> Tensor:
+        return logits.gather(1, target[:, None]).squeeze(1) if mmc else -cross_entropy(logits, target)
+
     targets = model(x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1]  # without y
     x_adv, remaining = x.clone(), torch.arange(len(x), device=x.device)
     for target in targets.T:
         if not len(remaining):
             break
-        aim = target[remaining]  # takes the place of y
-        tried = common.pgd(model, x[remaining], aim, loss=target_logit if mmc else towards, **budget)
+        tried = common.pgd(model, x[remaining], target[remaining], loss=towards, **budget)  # the target is its y
         wrong = common.fooled(model(tried), y[remaining])
         x_adv[remaining[wrong]] = tried[wrong]
         remaining = remaining[~wrong]
@@ -166,8 +143,7 @@ def feature(model, x, y, *, eps, step_size, steps, images=100, **_):
     for _attempt in range(images):
         others = y != y[remaining, None]
         aim = (torch.rand(others.shape, device=x.device) * others).argmax(1)
-        has_other = others.any(1)
-        z_aim, sign = z[torch.where(has_other, aim, remaining)], torch.where(has_other, 1, -1)
+        z_aim, sign = z[torch.where(others.any(1), aim, remaining)], torch.where(others.any(1), 1, -1)
         now = common.random_start(x[remaining], eps, "linf")
         for _ in range(steps):
             now.requires_grad_()
@@ -258,10 +234,11 @@ def directional_slopes(model, x, y, directions, sigma):
 
 
 @torch.no_grad()
-def spsa(model, x, y, *, eps, step_size, steps, draw=None, q=128, sigma=0.001, **_):
+def spsa(
+    model, x, y, *, eps, step_size, steps, draw=lambda u: u.random_(0, 2).mul_(2).sub_(1), q=128, sigma=0.001, **_
+):
     """Uesato et al. 2018: BIM by a gradient estimated along directions of +-1 (HE, Sec. B.2), steps * (2 q + 1)
     queries. The update is HE's sign step (Eq. 18), not Adam; the step size is Angular-AT's learning rate."""
-    draw = draw or (lambda u: u.random_(0, 2).mul_(2).sub_(1))  # +-1
     x_adv, active = x.clone(), torch.arange(len(x), device=x.device)
     for _ in range(steps):
         active = active[~common.fooled(model(x_adv[active]), y[active])]
@@ -280,13 +257,12 @@ nes = partial(spsa, draw=Tensor.normal_)  # Ilyas et al. 2018, as in HE, Sec. B.
 
 @torch.no_grad()
 def zoo(model, x, y, *, eps, queries=20_000, coordinates=128, sigma=1e-4, **_):
-    """ZOO (Chen et al. 2017; sigma and queries of HE, Sec. B.2): Adam on single pixels by central differences. The
-    margin is maximized in the ball, without HE's L2 distance (Eq. 21). As in the authors' code, `coordinates` random
-    pixels are stepped together. Adam's rate, eps / 3, is their 0.01 at 8/255."""
+    """ZOO (Chen et al. 2017; sigma and queries of HE, Sec. B.2): Adam on `coordinates` random pixels at a time, by
+    central differences; on the margin, without HE's L2 distance (Eq. 21). Its rate, eps / 3, is their 0.01 at 8/255."""
     size, rate, decay1, decay2 = x[0].numel(), eps / 3, 0.9, 0.999
     low, high = (x - eps).clamp(min=0).flatten(1), (x + eps).clamp(max=1).flatten(1)
     flat, active = x.flatten(1).clone(), torch.arange(len(x), device=x.device)
-    moment1, moment2, count = torch.zeros_like(flat), torch.zeros_like(flat), torch.zeros_like(flat)
+    moment1, moment2, count = (torch.zeros_like(flat) for _ in range(3))
     while queries:
         x_now = flat[active].view(-1, *x.shape[1:])
         keep = ~common.fooled(model(x_now), y[active])
@@ -300,8 +276,7 @@ def zoo(model, x, y, *, eps, queries=20_000, coordinates=128, sigma=1e-4, **_):
         for part in places.T.split(max(PROBES // (2 * len(x_now)), 1)):
             u = x.new_zeros(*part.shape, size).scatter_(2, part[:, :, None], 1).view(*part.shape, *x.shape[1:])
             slopes.append(directional_slopes(model, x_now, y[active], u, sigma))
-        slope = torch.cat(slopes).T
-        at = active[:, None], places
+        slope, at = torch.cat(slopes).T, (active[:, None], places)
         count[at] += 1
         moment1[at] = decay1 * moment1[at] + (1 - decay1) * slope
         moment2[at] = decay2 * moment2[at] + (1 - decay2) * slope.square()
@@ -312,11 +287,9 @@ def zoo(model, x, y, *, eps, queries=20_000, coordinates=128, sigma=1e-4, **_):
 
 @torch.no_grad()
 def rays(model, x, y, *, eps, queries=10_000, **_):
-    """RayS (Chen & Gu 2020): the sign vector along which the boundary is nearest in Linf, from labels alone.
-
-    Blocks of signs are flipped: first the whole image, then halves, and so on to single pixels. If a flip fools the
-    model at the best radius so far, bisection finds its own radius (to 1e-3 in L2). All images share each forward pass.
-    """
+    """RayS (Chen & Gu 2020): the sign vector along which the boundary is nearest in Linf, from labels alone. Blocks of
+    signs are flipped: the whole image, then halves, and so on to single pixels. If a flip fools the model at the best
+    radius so far, bisection finds its own radius (to 1e-3 in L2). All images share each forward pass."""
     size = x[0].numel()
     place, tolerance = torch.arange(size, device=x.device), 1e-3 / math.sqrt(size)
     x_adv, active = x.clone(), torch.arange(len(x), device=x.device)
@@ -355,33 +328,48 @@ def rays(model, x, y, *, eps, queries=10_000, **_):
 def transferred(model, x, y, *, source, attack, **budget):
     """`attack` on the training cross-entropy of another model, `source` (HE, App. C.4), without early stop: an image
     that has just fooled the source may not transfer yet. `model` is not used."""
-    return attack(source, x, y, loss=training_loss(source), early_stop=False, **budget)
+    return attack(Observed(source, x), x, y, loss=training_loss(source), early_stop=False, **budget)
 
 
-STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+STANDARD, RAND = ("apgd-ce", "apgd-t", "fab-t", "square"), ("apgd-ce", "apgd-dlr")
 
 
 def autoattack(model, x, y, *, eps, norm="linf", parts=STANDARD, queries=5000, fab_steps=100, **_):
     """AutoAttack (Croce & Hein 2020), standard version, or some of its parts, by the authors' package pyautoattack.
-    APGD-T and FAB-T aim at 9 classes, or at all K - 1 others. APGD-T's DLR loss needs four classes: with fewer
-    `autoattack` leaves it out and says so, and apgd-t alone raises UserError."""
-    classes = model(x[:1]).shape[1]
-    if classes < 4 and "apgd-t" in parts:
-        message = f"the targeted DLR loss of apgd-t needs 4 classes, and the model has {classes}"
-        if len(parts) == 1:
-            raise common.UserError(message)
-        warnings.warn(f"autoattack without apgd-t: {message}", stacklevel=1)  # shown once
-        parts = [part for part in parts if part != "apgd-t"]
+    With --eot it is their version `rand`, on the mean logits. APGD-T and FAB-T aim at 9 classes, or at all K - 1. The
+    DLR loss needs 3 classes, APGD-T's 4: with fewer `autoattack` leaves the part out and says so."""
+    model = model if isinstance(model, Observed) else Observed(model, x)
+    classes, parts = model(x[:1]).shape[1], RAND if parts == STANDARD and model.eot > 1 else parts
+    fit = [part for part in parts if {"apgd-t": 4, "apgd-dlr": 3}.get(part, 0) <= classes]
+    if not fit:
+        raise common.UserError(f"{parts[0]} needs more classes for its DLR loss: the model has {classes}")
+    if len(fit) < len(parts):
+        model.said.add(f"autoattack without {', '.join({*parts} - {*fit})}: more than {classes} classes are needed")
     adversary = AutoAttack(model, norm=norm.capitalize(), eps=eps, seed=torch.initial_seed() % 2**31, device=x.device)
-    adversary.logger.setLevel("ERROR")  # its warnings, once per batch and class, are checks of the audit
-    checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # or one dynamic model is found in all later ones
-    adversary.attacks_to_run, adversary.square.n_queries, adversary.fab.n_iter = list(parts), queries, fab_steps
+    adversary.attacks_to_run = fit
+    adversary.square.n_queries, adversary.fab.n_iter = queries, fab_steps
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
-    trace = sys.gettrace()  # pyautoattack switches tracing off; debuggers and coverage need it
-    try:
+    with autoattack_checks(model.said):
         return adversary.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))[0]
+
+
+@contextmanager
+def autoattack_checks(said: set[str]) -> Iterator[logging.Logger]:
+    """`said` receives what pyautoattack's checks log: the first sentence without its figures, which vary by batch."""
+    logger, trace = logging.getLogger("auto-attack"), sys.gettrace()
+
+    def keep(record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            text = re.sub(r" (of )?\d[\d.]*%?", "", record.getMessage())
+            said.add(f"AutoAttack: {re.split(r'[!.] ', text)[0]}")
+
+    usual, logger.filters = logger.filters, [keep]
+    checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # or one dynamic model is found in all later ones
+    try:
+        yield logger
     finally:
-        sys.settrace(trace)
+        logger.filters = usual
+        sys.settrace(trace)  # a check switches tracing off; debuggers and coverage need it
 
 
 # -------------------------------------------------------------------------------------------- the table of attacks
@@ -399,7 +387,7 @@ class Attack:
     restarts: int | None = None  # `pgd-40@0.01x5` replaces it; None: --restarts
     minimal: bool = False  # looks for the nearest adversarial image, which may lie outside the ball
     bfloat16: bool = False  # what --amp may run in bfloat16; the others need exact logits to know when to stop
-    needs: str | None = None  # of the model: "features" (x -> (B, d)), "fc" (a linear last layer), "four classes"
+    needs: str = "gradients"  # of the model; also "features" (x -> (B, d)), "fc" (linear), "four classes"; "": nothing
     source: str = ""  # of a transfer attack: the fingerprint of the model that it is crafted on
 
     def __call__(self, model, x, y, *, eps: float, norm: str | None = None, step_size: float | None = None) -> Tensor:
@@ -410,38 +398,42 @@ class Attack:
         budget = {"eps": eps, "norm": norm}
         if self.steps:
             budget |= {"steps": self.steps, "step_size": step_size or Settings(eps, norm).step_size_for(self)}
+        observed = model if isinstance(model, Observed) else Observed(model, x)
         with common.frozen_eval(model):
-            return self.run(model, x, y, **budget).detach()
+            x_adv = self.run(observed, x, y, **budget).detach()
+        for text in observed.said if observed is not model else ():
+            warnings.warn(text, stacklevel=2)
+        return x_adv
 
-    def fits(self, model: nn.Module, image: Tensor) -> bool:
-        """Whether the model has what the attack needs."""
-        if self.needs == "features":
-            with suppress(Exception):
-                return model.features(image).ndim == 2
-        if self.needs == "four classes":
-            return model(image).shape[1] >= 4
-        return not self.needs or isinstance(getattr(model, self.needs, None), nn.Linear)
+    def lacking(self, model: nn.Module, image: Tensor) -> str:
+        """What the attack needs and the model does not have, or ""."""
+        if self.needs and not has_gradient(model, image):
+            return "gradients (no_grad, detach, numpy or quantization in the model?)"
+        fits = {"": True, "gradients": True, "fc": isinstance(getattr(model, "fc", None), nn.Linear)}
+        fits["four classes"] = model(image).shape[1] >= 4
+        with suppress(Exception):
+            fits["features"] = model.features(image).ndim == 2
+        return "" if fits.get(self.needs) else self.needs
 
     def identity(self) -> str:
         """Of the settings and the code: another attack of the same name must not take over the results of this one."""
-        parts, functions, seen = [replace(self, run=None)], [self.run], set()
-        while functions:
-            function = functions.pop()
-            if id(function) in seen:  # a recursive function is among its own cells
-                continue
-            seen.add(id(function))
-            cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-            values = {**getattr(function, "keywords", {}), **dict(enumerate([*getattr(function, "args", ()), *cells]))}
-            parts.append({key: value for key, value in values.items() if not callable(value)})
-            functions += [value for value in values.values() if callable(value)]
-            with suppress(OSError, TypeError):  # typed into a console
-                parts.append(inspect.getsource(getattr(function, "func", function)))
-        return fingerprint(*parts)
+        return fingerprint(replace(self, run=None), code_parts(self.run))
+
+
+def code_parts(value: object, depth: int = 5) -> list:
+    """A value; of a function its source, and the parts of what it is called with or closes over. No addresses."""
+    if not callable(value):
+        return [value]
+    inside = [getattr(value, "func", None), *getattr(value, "args", ()), *getattr(value, "keywords", {}).values()]
+    inside += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    with suppress(OSError, TypeError):  # typed into a console
+        inside.append(inspect.getsource(value))
+    return [*getattr(value, "keywords", ()), *(code_parts(each, depth - 1) for each in inside if depth)]
 
 
 ATTACKS = {
-    "clean": Attack(lambda model, x, y, **_: x),
-    "noise": Attack(noise, random_start=True),
+    "clean": Attack(lambda model, x, y, **_: x, needs=""),
+    "noise": Attack(noise, random_start=True, needs=""),
     "fgsm": Attack(fgsm, bfloat16=True),
     "fgsm-l2": Attack(fgsm, norms=("l2",), bfloat16=True),
     "bim-20": Attack(bim, steps=20, bfloat16=True),
@@ -457,14 +449,14 @@ ATTACKS = {
     "apgd-t": Attack(partial(autoattack, parts=["apgd-t"]), random_start=True, needs="four classes"),
     "fab-t": Attack(partial(autoattack, parts=["fab-t"])),
     "fab": Attack(partial(autoattack, parts=["fab"], fab_steps=20)),
-    "square": Attack(partial(autoattack, parts=["square"])),
+    "square": Attack(partial(autoattack, parts=["square"]), needs=""),
     "autoattack": Attack(autoattack),
     "deepfool": Attack(deepfool, steps=50, minimal=True),
     "cw-l2": Attack(cw_l2, steps=1000, norms=("l2",), minimal=True),
-    "spsa-80": Attack(spsa, steps=80, step_size=0.01, norms=("linf",)),
-    "nes-80": Attack(nes, steps=80, step_size=0.01, norms=("linf",)),
-    "zoo": Attack(zoo, norms=("linf",)),
-    "rays": Attack(rays, norms=("linf",)),
+    "spsa-80": Attack(spsa, steps=80, step_size=0.01, norms=("linf",), needs=""),
+    "nes-80": Attack(nes, steps=80, step_size=0.01, norms=("linf",), needs=""),
+    "zoo": Attack(zoo, norms=("linf",), needs=""),
+    "rays": Attack(rays, norms=("linf",), needs=""),
 }
 PRESETS = {
     "quick": "noise fgsm pgd-20 pgd-20-scaled cw-inf",
@@ -507,6 +499,7 @@ class Settings:
     batch_size: int = 250
     seed: int = 0
     amp: bool = False
+    eot: int = 1  # draws of a random model
 
     def __post_init__(self):
         if self.eps is None:
@@ -529,8 +522,7 @@ class Settings:
 
 def find_attack(name: str) -> Attack:
     """One of ATTACKS, with another number of steps (pgd-40), step size (pgd-40@0.01) or restarts (pgd-40@0.01x5)."""
-    restarts = re.search(r"x(\d+)$", name)
-    plain, at, step_size = name.removesuffix(restarts[0] if restarts else "").partition("@")
+    plain, step_size, restarts = re.fullmatch(r"(.*?)(?:@(.*?))?(?:x(\d+))?", name).groups()
     steps, without = re.search(r"-([1-9]\d*)", plain), re.sub(r"-[1-9]\d*", "", plain, count=1)
     alike = {re.sub(r"-\d+", "", known): attack for known, attack in ATTACKS.items() if attack.steps}
     attack = ATTACKS.get(plain) or (alike.get(without) if steps else None)
@@ -538,11 +530,11 @@ def find_attack(name: str) -> Attack:
         raise common.UserError(f"unknown attack {name!r}: choose from {', '.join([*PRESETS, 'paper', *ATTACKS])}")
     if restarts and not attack.random_start:
         raise common.UserError(f"attack {name!r}: {plain} has no random start to repeat")
-    if at and (not attack.steps or attack.minimal):
+    if step_size is not None and (not attack.steps or attack.minimal):
         raise common.UserError(f"attack {name!r}: {plain} takes no step size")
     attack = replace(attack, steps=int(steps[1])) if steps and attack.steps else attack
-    attack = replace(attack, restarts=common.number(int, 1)(restarts[1])) if restarts else attack
-    return replace(attack, step_size=common.number(float, 1e-6)(step_size)) if at else attack
+    attack = replace(attack, restarts=common.number(int, 1)(restarts)) if restarts else attack
+    return attack if step_size is None else replace(attack, step_size=common.number(float, 1e-6)(step_size))
 
 
 def paper_preset(model: Model, dataset: str | None) -> str:
@@ -570,26 +562,26 @@ def select_attacks(text: str, targets: list[Model], settings: Settings, image: T
     for part in map(str.strip, text.split(",")):
         for name in presets.get(part, part).split() or [part]:
             attack = find_attack(name)
-            lacking = [model.name for model in targets if not attack.fits(model.net, image)]
-            reason = f"{name} needs a model with {attack.needs}, which {lacking[0]} is not" if lacking else None
+            lacking = [(model.name, attack.lacking(Observed(model.net, image), image)) for model in targets]
+            reason = next((f"{name} needs {what}, and {model} has none" for model, what in lacking if what), None)
             if settings.ball(attack)[0] not in attack.norms:
                 reason = f"{name} is defined in Linf only"
-            if reason and part not in presets:
-                raise common.UserError(reason)
-            if reason:
+            if not reason:
+                attacks[name] = attack
+            elif part in presets:
                 print(f"skipped: {reason}")
             else:
-                attacks[name] = attack
+                raise common.UserError(reason)
     return attacks
 
 
 def transfer_attacks(sources: list[Model]) -> dict[str, Attack]:
     """FGSM, MIM-20 and PGD-20 from each source."""
     attacks = {}
-    for source, name in itertools.product(sources, ("fgsm", "mim-20", "pgd-20")):
-        run, net = partial(transferred, source=source.net, attack=ATTACKS[name].run), source.net
+    for (source, net, _), name in itertools.product(sources, ("fgsm", "mim-20", "pgd-20")):
         key = fingerprint(*net.state_dict().values(), getattr(net, "options", net), code_of(net))
-        attacks[f"{name} from {source.name}"] = replace(ATTACKS[name], run=run, source=key)
+        run = partial(transferred, source=net, attack=ATTACKS[name].run)
+        attacks[f"{name} from {source}"] = replace(ATTACKS[name], run=run, source=key, needs="")
     return attacks
 
 
@@ -601,40 +593,78 @@ TOLERANCE = 1e-6  # of a pixel value, in float32
 
 
 class Observed(nn.Module):
-    """The model as an attack sees it: counts images in forward passes, and nonfinite gradients, which become 0."""
+    """A model as an attack on images x (B, C, H, W) sees it. A pass gets a copy of its images, which the model may
+    change, and draws from a generator of the model's own: a seed set in `forward` would repeat the attack's numbers.
+    Logits are means of `eot` draws. A gradient that is not finite becomes 0 and marks its image in `nonfinite` (B,)."""
 
-    def __init__(self, model: nn.Module, amp: bool):
+    def __init__(self, model: nn.Module, x: Tensor, amp: bool = False, eot: int = 1):
         super().__init__()
-        self.model, self.amp, self.queries, self.nonfinite = model, amp, 0, torch.tensor(0)
-        names = ("features", "fc", "scale", "margin")  # all that attacks may ask for
-        self.__dict__ |= {name: getattr(model, name) for name in names if hasattr(model, name)}
+        self.model, self.x, self.amp, self.eot = model, x, amp, eot
+        self.exact = not amp and eot == 1  # or else a misclassification does not tell when to stop
+        self.queries, self.nonfinite, self.said = 0, torch.zeros(len(x), dtype=torch.bool, device=x.device), set()
+        self.__dict__ |= {name: getattr(model, name) for name in ("fc", "scale", "margin") if hasattr(model, name)}
+        if hasattr(model, "features"):
+            self.features = partial(self.forward, call=model.features)
+        cuda = [torch.cuda.default_generators[x.device.index]] if x.is_cuda else []
+        self.generators, seed = [torch.default_generator, *cuda], torch.initial_seed() + 1
+        self.states = [torch.Generator(g.device).manual_seed(seed).get_state() for g in self.generators]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        return torch.stack([self.draw(x, call or self.model) for _ in range(self.eot)]).mean(0)
+
+    def draw(self, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        """One pass through the model, or through its features."""
         self.queries += len(x)
-        x = x.clone()  # a model may change its input in place
+        given, x, devices = x.detach(), x.clone(), [generator.device for generator in self.generators[1:]]
         if x.requires_grad:
-            x.register_hook(self.replace_nonfinite)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            return self.model(x).float()
+            x.register_hook(partial(self.replace_nonfinite, given))
+        with torch.random.fork_rng(devices), torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            for generator, state in zip(self.generators, self.states, strict=True):
+                generator.set_state(state)
+            try:
+                logits = call(x)
+            except ValueError:  # batch norm by the statistics of a batch fails on a single image
+                if len(x) > 1:
+                    raise
+                logits = call(x.repeat(2, 1, 1, 1))[:1]
+            self.states = [generator.get_state() for generator in self.generators]
+        return logits.float()
 
-    def replace_nonfinite(self, grad: Tensor) -> Tensor:
+    def replace_nonfinite(self, given: Tensor, grad: Tensor) -> Tensor:
         finite = grad.flatten(1).isfinite().all(1)
-        self.nonfinite = torch.maximum(self.nonfinite.to(grad.device), (~finite).sum())
+        if finite.all():
+            return grad
+        distance = torch.cdist(given[~finite].flatten(1), self.x.flatten(1), p=math.inf)  # `given` may be a part of x
+        self.nonfinite |= (distance == distance.amin(1, keepdim=True)).any(0)
         return torch.where(finite[:, None, None, None], grad, 0)
 
+    @torch.no_grad()
+    def votes(self, x: Tensor) -> Tensor:
+        """The predicted classes of each draw in float32, (eot, B); -1, never correct, where a logit is not finite."""
+        self.amp = False
+        logits = torch.stack([self.draw(x, self.model) for _ in range(self.eot)])
+        return torch.where(logits.isfinite().all(2), logits.argmax(2), -1)
 
-@torch.no_grad()
+
 def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """The predicted classes (B,); -1, which is never correct, where a logit is not finite."""
-    logits = model(x.clone())
-    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+    """The predicted classes (B,) in float32; -1, never correct, where a logit is not finite."""
+    return Observed(model, x).votes(x)[0]
+
+
+def has_gradient(model: nn.Module, image: Tensor) -> bool:
+    """Whether a gradient, be it 0, flows from the logits to the image."""
+    image = image.clone().requires_grad_()
+    with common.frozen_eval(model), suppress(NotImplementedError):  # of an operator without a derivative
+        logits = model(image)
+        return logits.requires_grad and torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is not None
+    return False
 
 
 def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> dict:
-    """One attack on a batch: `x_adv` (B, C, H, W) and the verdicts: `prediction` (B,), `correct` (B,) within the ball,
-    `distance` (B,) to the misclassified image (inf: none); also `queries`, `nonfinite` images and `seconds`."""
+    """One attack on a batch: `x_adv` (B, C, H, W), `queries`, `seconds`, what was `said`, and the verdicts (B,):
+    `prediction` of most draws, `correct` within the ball, `share` of draws that are, `nonfinite`, `distance` or inf."""
     (norm, eps), start = settings.ball(attack), time.perf_counter()
-    observed = Observed(model, settings.amp and attack.bfloat16).eval()
+    observed = Observed(model, x, settings.amp and attack.bfloat16, settings.eot)
     try:
         x_adv = attack(observed, x.clone(), y.clone(), eps=eps, norm=norm, step_size=settings.step_size_for(attack))
     except Exception as error:
@@ -649,16 +679,14 @@ def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tens
     if not (attack.minimal or inside.all()) or low < -TOLERANCE or high > 1 + TOLERANCE:
         reach = f"distance {float(distance.max()):.6g}, pixels {low:.6g} to {high:.6g}"
         raise RuntimeError(f"attack {name} left the {norm.capitalize()} ball of eps {eps:.6g} or [0, 1]: {reach}")
-    prediction = predict(model, x_adv)
-    distance = torch.where(prediction == y, math.inf, distance)
-    verdicts = {
-        "x_adv": torch.where(inside[:, None, None, None], x_adv, x).clamp(0, 1),  # what a file keeps
-        "prediction": prediction.cpu(),
-        "correct": ((prediction == y) | ~inside).cpu(),
-        "distance": distance.cpu(),
-    }
-    nonfinite = max(int(observed.nonfinite), int((broken | (prediction < 0)).sum()))
-    return verdicts | {"queries": observed.queries, "nonfinite": nonfinite, "seconds": time.perf_counter() - start}
+    queries, votes = observed.queries, observed.votes(x_adv)
+    prediction = votes.mode(0).values
+    verdicts = {"prediction": prediction, "distance": torch.where(prediction == y, math.inf, distance)}
+    verdicts |= {"correct": (prediction == y) | ~inside, "share": ((votes == y) | ~inside).float().mean(0)}
+    verdicts |= {"nonfinite": observed.nonfinite | broken | (prediction < 0)}
+    verdicts = {key: value.cpu() for key, value in verdicts.items()}
+    about = {"queries": queries, "seconds": time.perf_counter() - start, "said": sorted(observed.said)}
+    return verdicts | about | {"x_adv": torch.where(inside[:, None, None, None], x_adv, x).clamp(0, 1)}
 
 
 def run_attack(name, attack: Attack, model, x: Tensor, y, correct, settings: Settings, parts: Path, keep=False) -> dict:
@@ -667,7 +695,7 @@ def run_attack(name, attack: Attack, model, x: Tensor, y, correct, settings: Set
     numbers of a batch follow from the seed, the attack's name and the batch's number."""
     rank, count = common.rank_and_count()
     result = {"correct": correct.clone(), "prediction": y.cpu().clone(), "distance": torch.full(y.shape, math.inf)}
-    result |= dict.fromkeys(("queries", "nonfinite", "seconds"), 0)
+    result |= {"nonfinite": torch.zeros_like(correct), "share": correct.float(), "queries": 0, "seconds": 0, "said": []}
     result |= {"x_adv": common.images_at(x, torch.arange(len(y)), "cpu")} if keep else {}
     stem = ("x_adv-" if keep else "") + file_stem(name, attack)  # without the images a batch is attacked again
     for restart in range((attack.restarts or settings.restarts) if attack.random_start else 1):
@@ -689,11 +717,12 @@ def run_attack(name, attack: Attack, model, x: Tensor, y, correct, settings: Set
         common.barrier()
         for rows, file in zip(batches, files, strict=True):
             outcome = common.read_file(file)
-            result["correct"][rows], result["prediction"][rows] = outcome["correct"], outcome["prediction"]
-            result["distance"][rows] = result["distance"][rows].minimum(outcome["distance"])
-            if keep:
-                result["x_adv"][rows] = outcome["x_adv"]
-            for total in ("queries", "nonfinite", "seconds"):
+            for each in ("correct", "prediction", "x_adv")[: 3 if keep else 2]:
+                result[each][rows] = outcome[each]
+            for each in ("distance", "share"):
+                result[each][rows] = result[each][rows].minimum(outcome[each])
+            result["nonfinite"][rows] |= outcome["nonfinite"]
+            for total in ("queries", "seconds", "said"):
                 result[total] += outcome[total]
     return result
 
@@ -729,27 +758,42 @@ def accuracy(correct: Tensor | np.ndarray) -> dict:
 def add_result(result: dict, name: str, attack: Attack, outcome: dict, attacked: int, settings: Settings) -> None:
     """Add an attack's row and verdicts to the results, and the worst case after all rows."""
     rows, verdicts, (norm, eps) = result["attacks"], result["verdicts"], settings.ball(attack)
-    median, remarks = float(outcome["distance"].sort().values[attacked // 2]), []  # the others are inf and sort last
-    if norm != settings.norm:
-        remarks.append(f"{norm.capitalize()} eps {eps:g}, not in the worst case")
-    if attack.minimal and math.isfinite(median):
-        remarks.append(f"median distance {median:.4g}")
-    if outcome["nonfinite"]:
-        remarks.append(f"NOT FINITE: gradients or logits of {outcome['nonfinite']} images")
-    row = accuracy(outcome["correct"]) | {"norm": norm, "eps": eps, "step_size": settings.step_size_for(attack)}
-    row |= {
-        "queries": outcome["queries"] / max(attacked, 1),
-        "seconds": outcome["seconds"],
-        "identity": attack.identity(),
+    median = float(outcome["distance"].sort().values[attacked // 2])  # the others are inf and sort last
+    share, named = 100 * float(outcome["share"].mean()), verdicts["index"][outcome["nonfinite"].numpy()].tolist()
+    remarks = {
+        result["mark"]: result["mark"],
+        f"{share:.2f} % of single draws": settings.eot > 1,
+        f"{norm.capitalize()} eps {eps:g}, not in the worst case": norm != settings.norm,
+        f"median distance {median:.4g}": attack.minimal and math.isfinite(median),
+        f"NOT FINITE: gradients or logits of {len(named)} image(s), {str(named[:5])[1:-1]}": named,
+        **dict.fromkeys(sorted(set(outcome["said"])), True),
     }
-    row |= {"nonfinite": outcome["nonfinite"], "median_distance": median if math.isfinite(median) else None}
-    rows[name], verdicts[name] = row | {"remark": "; ".join(remarks)}, outcome["correct"].numpy()
+    row = accuracy(outcome["correct"]) | {"norm": norm, "eps": eps, "step_size": settings.step_size_for(attack)}
+    row |= {"queries": outcome["queries"] / max(attacked, 1), "seconds": outcome["seconds"], "share": share}
+    row |= {"identity": attack.identity(), "nonfinite": len(named)}
+    row["median_distance"] = median if math.isfinite(median) else None
+    row["remark"] = "; ".join(text for text, applies in remarks.items() if applies)
+    rows[name], verdicts[name] = row, outcome["correct"].numpy()
     if name == "clean":
         verdicts["clean_prediction"] = outcome["prediction"].numpy()
     rows.pop("worst case", None)
     same = [verdicts[other] for other, row in rows.items() if row["norm"] == settings.norm]
-    rows["worst case"] = accuracy(np.all(same, 0))
+    rows["worst case"] = accuracy(np.all(same, 0)) | {"remark": result["mark"]}
     print(f"{row['accuracy']:8.2f} % {row['seconds']:9.1f} s  {name}", flush=True)
+
+
+def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Settings) -> None:
+    """Raises UserError for what evaluate() cannot take."""
+    widest = 1.0 if settings.norm == "linf" else math.sqrt(x[0].numel())
+    if x.dtype != torch.uint8 and (x.dtype != torch.float32 or not 0 <= x.min() <= x.max() <= 1):
+        raise common.UserError(f"images {x.dtype} up to {float(x.max()):g}; needed: uint8, or float32 in [0, 1]")
+    if y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y) or y.min() < 0:
+        raise common.UserError(f"labels {y.dtype} {tuple(y.shape)}; needed: int64 from 0 for each of {len(x)} images")
+    if settings.eps > widest:
+        far = f"no two images in [0, 1] are more than {widest:.4g} apart"
+        raise common.UserError(f"eps {settings.eps:g}, but {far}: give it in pixel units, such as 8/255")
+    if attacks.keys() & RESERVED or attacks.get("clean", ATTACKS["clean"]) != ATTACKS["clean"]:
+        raise common.UserError(f"an attack has the name of a result: {', '.join(attacks)}")
 
 
 def evaluate(
@@ -757,31 +801,24 @@ def evaluate(
 ) -> dict:
     """Run attacks on a model, any nn.Module from images in [0, 1] to logits (B, K), on the device of y (N,).
 
-    x is (N, C, H, W), uint8 or float in [0, 1]; `attacks` as in --attacks or {name: Attack}; the options are those of
-    Settings. Returns settings, `about`, `attacks` {name: row} with accuracies in %, their 95 % intervals and the worst
-    case over all attacks in the ball, `verdicts` {name: (N,) bool} and `audit`. `folder` receives all of it, with
-    `index`, the images' numbers in their test set, and with save_adversarial a file of x_adv for each attack. A second
-    call goes on where an interrupted one stopped, and adds."""
-    settings, image = Settings(**options), common.images_at(x, torch.arange(1), y.device)
-    if x.dtype != torch.uint8 and (x.dtype != torch.float32 or not 0 <= x.min() <= x.max() <= 1):
-        raise common.UserError(f"images {x.dtype} up to {float(x.max()):g}; needed: uint8, or float32 in [0, 1]")
-    if y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y) or y.min() < 0:
-        raise common.UserError(f"labels {y.dtype} {tuple(y.shape)}; needed: int64 from 0 for each of {len(x)} images")
-    named = {} if isinstance(attacks, str) else attacks
-    misnamed = named.keys() & RESERVED or named.get("clean", ATTACKS["clean"]) != ATTACKS["clean"]
-    if misnamed or (save_adversarial and not folder):
-        raise common.UserError("an attack has the name of a result, or save_adversarial has no folder")
-    if settings.norm == "linf" and settings.eps > 1:
-        raise common.UserError(f"eps {settings.eps:g} on images in [0, 1]: give it in pixel units, such as 8/255")
+    x is (N, C, H, W), uint8 or float in [0, 1]; `attacks` as in --attacks or {name: Attack}; options as in Settings.
+    Returns settings, `about`, `attacks` {name: row} with accuracies in %, their 95 % intervals and the worst case over
+    all attacks in the ball, `verdicts` {name: (N,) bool}, `checks` and `audit`. `folder` receives it all, with `index`,
+    the images' numbers in their test set, and with save_adversarial x_adv. A second call continues and adds."""
+    settings = Settings(**options)
+    check_inputs(x, y, {} if isinstance(attacks, str) else attacks, settings)
+    if save_adversarial and not folder:
+        raise common.UserError("save_adversarial: no folder to save into")
     disable_tf32()
     temporary = tempfile.TemporaryDirectory()  # is deleted with this variable
     folder, weights = Path(folder or temporary.name), fingerprint(*model.state_dict().values())
+    few = torch.linspace(0, len(y) - 1, min(200, len(y))).round().long()  # a test set may be sorted by class
+    sample = common.images_at(x, few, y.device), y[few.to(y.device)]
     torch.manual_seed(settings.seed)
     with common.frozen_eval(model):
         if isinstance(attacks, str):
-            attacks = select_attacks(attacks, [Model("the model", model, {})], settings, image)
-        # Predictions may differ where weights and code do not.
-        seen = predict(model, common.images_at(x, torch.arange(min(100, len(y))), y.device))
+            attacks = select_attacks(attacks, [Model("the model", model, {})], settings, sample[0][:1])
+        seen = predict(model, sample[0])  # may differ where weights and code do not
     key = fingerprint(weights, getattr(model, "options", model), code_of(model), x, y, settings, seen)
     own = folder / f"settings-{key}"  # results of other models and settings have folders of their own
     own.mkdir(parents=True, exist_ok=True)
@@ -792,6 +829,10 @@ def evaluate(
             result = json.loads((own / "eval.json").read_text()) | {"verdicts": dict(verdicts)}
     result |= asdict(settings) | (about or {}) | {"weights": weights}
     with common.frozen_eval(model):
+        result["checks"] = result.get("checks") or [c._asdict() for c in check_model(model, *sample, settings)]
+        result["mark"] = " ".join(MARKS.get(c["check"], "") for c in result["checks"] if not c["passed"]).strip()
+        result["model"] = f"{(about or {}).get('model', 'the model')} {result['mark']}".strip()
+        print_checks(result["model"], result["checks"], failed_only=True)
         for name, attack in {"clean": ATTACKS["clean"], **attacks}.items():
             kept, keep = own / f"x_adv-{file_stem(name, attack)}.npz", save_adversarial and name != "clean"
             known = result["attacks"].get(name, {}).get("identity") == attack.identity()
@@ -803,7 +844,7 @@ def evaluate(
                     write_arrays(kept, x_test=outcome["x_adv"], y_test=y.cpu(), index=index)
                 write_results(result, own)
         if audit and "audit" not in result:
-            result["audit"] = [check._asdict() for check in run_audit(model, x, y, settings, own)]
+            result["audit"] = result["checks"] + [c._asdict() for c in run_audit(model, *sample, settings, own)]
     write_results(result, own, folder)
     return result
 
@@ -811,9 +852,10 @@ def evaluate(
 # ------------------------------------------------------------------------------------------------------- the audit
 # Two attacks differ where McNemar's exact one-sided test gives p < 0.01 / comparisons (see Carlini et al. 2019).
 
+ALL, ON_CE = "all figures", "the attacks on the cross-entropy: fgsm, bim, mim, pgd, apgd-ce"
 GRADIENTS = "all attacks that use gradients: not square, spsa, nes, zoo, rays"
-ON_CE = "the attacks on the cross-entropy: fgsm, bim, mim, pgd, apgd-ce"
 Check = namedtuple("Check", "check passed figures fails questions")  # it fails if; a failure calls into question
+MARKS = {"same image, same logits": "RANDOM", "same logits in other batches": "BATCH-DEPENDENT"}  # on every figure
 
 
 def mcnemar_p(more: Tensor, fewer: Tensor) -> float:
@@ -822,70 +864,70 @@ def mcnemar_p(more: Tensor, fewer: Tensor) -> float:
     return float(binomtest(gained, gained + lost, alternative="greater").pvalue) if gained + lost else 1.0
 
 
-def check_model(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> list[Check]:
-    """The checks that need no attack."""
-    logits, again = (torch.cat([model(part) for part in x.split(batch_size)]) for _ in range(2))
-    change = float((again - logits).abs().max() / logits.abs().max().clamp(min=1e-30))
-    chance, sure = 1 / logits.shape[1], float((loss_scale(model) * logits).softmax(1).amax(1).mean())
-    gradients = []
-    for images, labels in zip(x.split(50), y.split(50), strict=True):
-        images = images.clone().requires_grad_()
-        gradients += torch.autograd.grad(training_loss(model)(model(images), labels).sum(), images)
+def check_model(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> list[Check]:
+    """The checks without attacks, on x (B, C, H, W) and y (B,): in every evaluation."""
+    observed, few, passed, said, logits, gradients = Observed(model, x), x[:32], x[:2].clone(), set(), [], []
+    with torch.no_grad():
+        model(passed)
+        first, again, reverse = observed(few), observed(few), observed(few.flip(0)).flip(0)
+        alone = torch.cat([*(observed(image) for image in few[:3].split(1)), first[3:]])
+    changes = [float((other - first).abs().max() / first.abs().max()) for other in (again, reverse, alone)]
+    random, batch, moved = changes[0], max(changes[1:]), float((passed - x[:2]).abs().max())
+    flows = has_gradient(observed, x[:1])
+    for images, labels in zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True):
+        images = images.clone().requires_grad_(flows)
+        logits.append(observed(images))
+        loss = training_loss(model)(logits[-1], labels).sum()
+        gradients += torch.autograd.grad(loss, images) if flows else [torch.zeros_like(images)]
+    logits = torch.cat(logits).detach()
+    with autoattack_checks(said) as logger:
+        checks.check_dynamic(observed, x[:1], logger=logger)
+        checks.check_range_output(lambda _: logits, x, logger=logger)
     k = int((logits.argmax(1) == y).sum())
-    p = float(binomtest(k, len(y), chance, alternative="greater").pvalue)
-    zero = float((~(torch.cat(gradients).flatten(1).abs().amax(1) > 0)).float().mean())  # 0 or NaN
-    figures = f"mean largest probability {sure:.3f}, chance {chance:.3f}"
-    lost = f"zero or NaN on {100 * zero:.1f} % of the images"
+    p = float(binomtest(k, len(y), 1 / logits.shape[1], alternative="greater").pvalue)
+    zero = 100 * float((torch.cat(gradients).flatten(1).abs().amax(1) == 0).float().mean())  # or not finite
     return [
-        Check("clean accuracy is above chance", p < 0.01, f"{k} of {len(y)}", "binomial p >= 0.01", "all figures"),
-        Check("same image, same logits", change < 1e-4, f"relative change {change:.1e}", "> 1e-4", "all figures"),
-        Check("the cross-entropy tells classes apart", sure > 1.05 * chance, figures, "< 1.05 x chance", ON_CE),
-        Check("gradients reach the images", zero <= 0.01, lost, "> 1 %", GRADIENTS),
+        Check("clean accuracy is above chance", p < 0.01, f"{k} of {len(y)}", "binomial p >= 0.01", ALL),
+        Check("same image, same logits", random < 1e-4 or settings.eot > 1, f"change {random:.1e}", "> 1e-4", ALL),
+        Check("same logits in other batches", batch < max(1e-4, 3 * random), f"change {batch:.1e}", "> 1e-4", ALL),
+        Check("images are left as they are", not moved, f"changed by {moved:.2g}", "> 0", "none: a pass gets a copy"),
+        Check("AutoAttack's checks of the model", not said, "; ".join(said) or "none fires", "one fires", ALL),
+        Check("gradients reach the images", zero <= 1, f"{zero:.1f} % have none", "> 1 %", GRADIENTS),
     ]
 
 
-def audit_attacks(model: nn.Module, apgd: str, eps: float, wide: float) -> dict[str, tuple[Attack, float]]:
-    """The attacks of the audit, each with its eps. PGD is on s * logits, the logits that the model was trained with."""
-    pgd_20, pgd_100 = Attack(pgd_scaled, steps=20), Attack(pgd_scaled, steps=100)
-    scales = {f"logits x {f:g}": Attack(partial(pgd_scaled, factor=f), steps=20) for f in (1e-4, 0.01, 100, 1e4)}
-    attacks = scales | {
-        "noise": ATTACKS["noise"],
-        "FGSM": Attack(partial(fgsm, loss=training_loss(model))),
-        "PGD-100": pgd_100,
-        "CW": ATTACKS["cw-inf"],
-        apgd: ATTACKS[apgd],
-        "Square, 1,000 queries": Attack(partial(autoattack, parts=["square"], queries=1000)),
-    }
-    radii = {f"PGD-20 at {factor} x eps": (pgd_20, factor * eps) for factor in (0.5, 1, 1.5, 2)}
-    return {name: (attack, eps) for name, attack in attacks.items()} | radii | {"PGD-100, no bound": (pgd_100, wide)}
-
-
 def run_audit(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, parts: Path) -> list[Check]:
-    """The checks, on at most 200 of the images, each with its figures and what a failure calls into question."""
-    rows = torch.linspace(0, len(y) - 1, min(200, len(y))).round().long()  # a test set may be sorted by class
-    x, y = common.images_at(x, rows, y.device), y[rows.to(y.device)]
-    settings = replace(settings, restarts=1, step_size=None)
+    """The checks by attacks on x (B, C, H, W) and y (B,); none if no gradient reaches the images. PGD is on s * logits,
+    the logits that the model was trained with."""
+    if not has_gradient(model, x[:1]):
+        return []
     wide = 0.5 if settings.norm == "linf" else 0.5 * math.sqrt(x[0].numel())  # holds gray for every image
-    apgd = "apgd-t" if model(x[:1]).shape[1] >= 4 else "apgd-ce"
+    apgd = "apgd-t" if model(x).shape[1] >= 4 else "apgd-ce"
+    pgd_20, pgd_100 = Attack(pgd_scaled, steps=20), Attack(pgd_scaled, steps=100)
+    square, scales = Attack(partial(autoattack, parts=["square"], queries=1000)), (1e-4, 0.01, 100, 1e4)
+    attacks = {f"logits x {f:g}": Attack(partial(pgd_scaled, factor=f), steps=20) for f in scales}
+    attacks |= {"noise": ATTACKS["noise"], "FGSM": Attack(partial(fgsm, loss=training_loss(model))), "PGD-100": pgd_100}
+    attacks |= {"CW": ATTACKS["cw-inf"], apgd: ATTACKS[apgd], "Square, 1,000 queries": square}
+    tried = [(name, attack, settings.eps) for name, attack in attacks.items()]
+    tried += [(f"PGD-20 at {factor} x eps", pgd_20, factor * settings.eps) for factor in (0.5, 1, 1.5, 2)]
     clean, correct = torch.cat([predict(model, part) for part in x.split(settings.batch_size)]).eq(y).cpu(), {}
-    for name, (attack, eps) in audit_attacks(model, apgd, settings.eps, wide).items():
-        result = run_attack(f"audit: {name}", attack, model, x, y, clean, replace(settings, eps=eps), parts)
-        correct[name] = result["correct"]
+    for name, attack, eps in [*tried, ("PGD-100, no bound", pgd_100, wide)]:
+        ball = replace(settings, eps=eps, restarts=1, step_size=None)
+        correct[name] = run_attack(f"audit: {name}", attack, model, x, y, clean, ball, parts)["correct"]
     correct["PGD, CW and APGD"] = correct["PGD-100"] & correct["CW"] & correct[apgd]
     percent = {name: 100 * float(each.float().mean()) for name, each in correct.items()}
-    radii = [name for name in correct if "x eps" in name]
 
-    def compare(check: str, strong: str, weak: str, questions: str, level: float = 0.01) -> Check:
+    def compare(name: str, strong: str, weak: str, questions: str, level: float = 0.01) -> Check:
         p = mcnemar_p(correct[strong], correct[weak])
         figures = f"{strong} {percent[strong]:.1f} %, {weak} {percent[weak]:.1f} %, p {p:.2g}"
-        return Check(check, p >= level, figures, f"McNemar's p < {level:.2g}", questions)
+        return Check(name, p >= level, figures, f"McNemar's p < {level:.2g}", questions)
 
+    radii = [name for name in correct if "x eps" in name]
     pgd_20, scaled = radii[1], min((name for name in correct if "logits" in name), key=percent.get)
     smaller, larger = min(itertools.pairwise(radii), key=lambda pair: mcnemar_p(correct[pair[1]], correct[pair[0]]))
     excess, robust = round(percent["PGD-100"] - percent[apgd], 3), percent["PGD-100, no bound"]
     figures = f"PGD-100 {percent['PGD-100']:.1f} %, {apgd} {percent[apgd]:.1f} %"
     return [
-        *check_model(model, x, y, settings.batch_size),
         compare("more steps are not weaker", "PGD-100", pgd_20, GRADIENTS),
         compare("FGSM is not weaker than noise", "FGSM", "noise", GRADIENTS),
         compare("gradients are not weaker than queries", "PGD, CW and APGD", "Square, 1,000 queries", GRADIENTS),
@@ -945,7 +987,6 @@ def load_published(path: str | Path, device: str = "cpu", **options: object) -> 
     layer uses is named on stderr. Reads checkpoints of this project too. Raises common.UserError if they do not fit."""
     content = common.read_file(Path(path))
     if content.get("format") in common.FORMATS:
-        print(f"{path} says itself what it is: --arch, --head, --scale, ... do not change it", file=sys.stderr)
         return common.load_checkpoint(path, device)
     entries = [content.get(key) for key in ("state_dict", "model", "net", "model_state_dict")]
     state, renamed = next((entry for entry in entries if isinstance(entry, dict)), content), {}
@@ -969,9 +1010,8 @@ def load_published(path: str | Path, device: str = "cpu", **options: object) -> 
             raise ValueError(f"missing or unexpected: {', '.join(wrong)}")
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise common.UserError(f"{path}: not the weights of {options.get('arch')} ({str(error)[:200]})") from None
-    if unused:
-        advice = "the mean and std of the images? see --normalize"
-        print(f"warning: {path}: not used: {', '.join(unused)[:200]} ({advice})", file=sys.stderr)
+    if unused:  # the mean and std of the images?
+        print(f"warning: {path}: not used: {', '.join(unused)[:200]}; see --normalize", file=sys.stderr)
     return model.to(device, memory_format=torch.channels_last).eval(), {"model_options": model.options}
 
 
@@ -982,8 +1022,8 @@ def published_options(args: argparse.Namespace) -> dict:
     data = common.load_data(args.dataset, args.data_dir or "data")
     scale, margin = {"linear": (1.0, 0.0), "he": (15.0, 0.2), "mhe": (15.0, 0.1)}[args.head]
     options = {"arch": args.arch, "head": args.head, "in_channels": data.in_channels, "image_size": data.image_size}
-    for name, default in (("scale", scale), ("margin", margin)):
-        options[name] = default if getattr(args, name) is None else getattr(args, name)
+    options["scale"] = scale if args.scale is None else args.scale
+    options["margin"] = margin if args.margin is None else args.margin
     if args.normalize and data.in_channels != 3:
         raise common.UserError(f"--normalize has CIFAR-10's mean and std, and {data.name} is gray")
     published_he = data.known == "cifar10" and args.head != "linear"  # they normalize in the network
@@ -1019,14 +1059,12 @@ def check_fit(model: Model, data: common.Data, device: str) -> None:
     for key, value in {"in_channels": data.in_channels, "image_size": data.image_size}.items():
         if built.get(key, value) != value:
             raise common.UserError(f"{model.name} was built for {key} {built[key]}, but {data.name} has {value}")
-    logits = model.net(common.images_at(data.x_test, torch.arange(1), device))
+    logits = model.net(common.images_at(data.x_test, torch.arange(min(2, len(data.y_test))), device))
     got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
     got += " (return its .logits)" if hasattr(logits, "logits") else ""
-    if not got.startswith("torch.float32 (1, ") or logits.ndim != 2:
-        raise common.UserError(f"{model.name} returned {got} for an image, not float32 logits (1, {data.num_classes})")
-    if logits.shape[1] < data.num_classes:
-        about = f"{model.name} has {logits.shape[1]} classes"
-        raise common.UserError(f"{about}, but the labels of {data.name} go up to {data.num_classes - 1}")
+    if not got.startswith("torch.float32 (") or logits.ndim != 2 or logits.shape[1] < data.num_classes:
+        needed = f"float32 logits (B, K), K at least {data.num_classes} as the labels of {data.name} go so far"
+        raise common.UserError(f"{model.name} returned {got} for two images; needed: {needed}")
 
 
 def disable_tf32() -> None:
@@ -1039,11 +1077,9 @@ def disable_tf32() -> None:
 
 
 def write_arrays(path: Path, **arrays: np.ndarray | Tensor) -> None:
-    """An .npz, by the first rank."""
-    if not common.rank_and_count()[0]:
-        content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
-        common.write_file(content.getbuffer(), path)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    common.write_file(content.getbuffer(), path)
 
 
 def csv_text(rows: list[dict]) -> bytes:
@@ -1051,17 +1087,16 @@ def csv_text(rows: list[dict]) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, [*rows[0]])
     writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     return text.getvalue().encode()
 
 
 def write_results(result: dict, *folders: Path) -> None:
-    """verdicts.npz (per image), eval.csv (a row per attack) and eval.json (everything else), by the first rank."""
+    """verdicts.npz (per image), eval.csv (a row per attack) and eval.json (everything else)."""
     columns = {"attack": None} | dict.fromkeys(result["attacks"]["clean"])
     table = csv_text([columns | {"attack": name} | row for name, row in result["attacks"].items()])
     text = json.dumps({key: value for key, value in result.items() if key != "verdicts"}, indent=2)
-    for folder in () if common.rank_and_count()[0] else folders:
+    for folder in folders:  # all ranks write the same, under a temporary name first
         write_arrays(folder / "verdicts.npz", **result["verdicts"])
         common.write_file(table, folder / "eval.csv")
         common.write_file(text.encode(), folder / "eval.json")  # last: it says that the others are there
@@ -1073,17 +1108,17 @@ def print_table(results: list[dict]) -> None:
     n, ball = first["attacks"]["clean"]["n"], f"{first['norm'].capitalize()} eps {first['eps']:.4g}"
     print(f"\n{first['dataset']}, n = {n} test images, {ball}: accuracy in %, in brackets its 95 % interval")
     print("worst case: correct under every attack in this ball, image by image; queries: forward passes\n")
-    heads, costs = [result["model"] for result in results], "   queries/image  seconds" * (len(results) == 1)
     names = [*dict.fromkeys(name for result in results for name in [*result["attacks"]][:-1]), "worst case"]
-    width = max(24, *map(len, names))
-    print(f"{'attack':<{width}}" + "".join(f"  {head:>{column}}" for head in heads) + costs)
+    width, costs = max(24, *map(len, names)), len(results) == 1
+    heads = "".join(f"  {result['model']:>{column}}" for result in results)
+    print(f"{'attack':<{width}}{heads}" + "   queries/image  seconds" * costs)
     for name in names:
         rows = [result["attacks"].get(name) for result in results]
         cells = [f"{row['accuracy']:.2f} ({row['low']:.2f} - {row['high']:.2f})" if row else "" for row in rows]
         line = f"{name:<{width}}" + "".join(f"  {cell:>{column}}" for cell in cells)
         if costs and name != "worst case":
             line += f"{rows[0]['queries']:>16.0f}{rows[0]['seconds']:>9.1f}"
-        print("  ".join([line, *dict.fromkeys(row.get("remark", "") for row in rows if row)]).rstrip())
+        print("  ".join([line, *dict.fromkeys(row["remark"] for row in rows if row)]).rstrip())
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> dict:
@@ -1097,9 +1132,9 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> dict:
 
 
 def compare_models(results: list[dict]) -> list[dict]:
-    """Each model minus the first one: a paired difference for every attack that both faced, and for the worst case over
-    those in the ball."""
-    first, rows = results[0], []
+    """Prints and returns each model minus the first one: a paired difference for every attack that both faced, and for
+    the worst case over those in the ball."""
+    first, rows, width = results[0], [], max(len(name) for name in results[0]["attacks"])
     for other in results[1:]:
         shared = [name for name in first["attacks"] if name in other["attacks"] and name != "worst case"]
         sides = []
@@ -1107,30 +1142,25 @@ def compare_models(results: list[dict]) -> list[dict]:
             verdicts = {name: result["verdicts"][name] for name in shared}
             inside = [verdicts[name] for name in shared if result["attacks"][name]["norm"] == result["norm"]]
             sides.append(verdicts | {"worst case": np.all(inside, 0)})
+        about = {"model": other["model"], "minus": first["model"], "n": len(sides[0]["clean"])}
+        print("\n{model} minus {minus}, the same {n} images: points (95 % interval), McNemar's exact p".format(**about))
         for name in sides[0]:
-            about = {"model": other["model"], "minus": first["model"], "attack": name, "n": len(sides[0][name])}
-            rows.append(about | paired_difference(sides[0][name], sides[1][name]))
+            row = {"attack": name} | paired_difference(sides[0][name], sides[1][name])
+            print("{attack:<{w}}  {difference:+7.2f} ({low:+.2f} to {high:+.2f})  p {p:.2g}".format(w=width, **row))
+            rows.append(about | row)
+    print("worst case: over the attacks that both models faced; p is of one comparison, without correction for many")
     return rows
 
 
-def print_comparison(rows: list[dict]) -> None:
-    width = max(len(row["attack"]) for row in rows)
-    for row in rows:
-        if row["attack"] == "clean":
-            print(f"\n{row['model']} minus {row['minus']}, the same images: points (95 % interval), McNemar's exact p")
-        print("{attack:<{width}}  {difference:+7.2f} ({low:+.2f} to {high:+.2f})  p {p:.2g}".format(width=width, **row))
-    print("worst case: over the attacks that both models faced; p is of one comparison, without correction for many")
-
-
-def print_audit(result: dict) -> None:
-    """Pass or FAIL for each check, with its figures, and the rows of the table that a failure calls into question."""
-    audit = result.get("audit", [])
-    failed = sum(not check["passed"] for check in audit)
-    if audit:
-        print(f"\naudit of {result['model']}: " + (f"{failed} of {len(audit)} checks FAIL" if failed else "passes"))
-    for check in audit:
-        verdict, questions = ("pass", "") if check["passed"] else ("FAIL", f"\n      in question: {check['questions']}")
-        print(f"{verdict}  {check['check']:<40}  {check['figures']}; fails if {check['fails']}{questions}")
+def print_checks(model: str, checks: list[dict], failed_only: bool = False) -> None:
+    """Pass or FAIL for each check, with its figures, and what a failure calls into question."""
+    failed = sum(not check["passed"] for check in checks)
+    if failed or not failed_only:
+        print(f"\nchecks of {model}: {failed} of {len(checks)} FAIL" if failed else f"\naudit of {model}: passes")
+    for check in checks:
+        verdict, question = ("pass", "") if check["passed"] else ("FAIL", f"\n      in question: {check['questions']}")
+        if not (failed_only and check["passed"]):
+            print(f"{verdict}  {check['check']:<40}  {check['figures']}; fails if {check['fails']}{question}")
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -1164,14 +1194,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--attacks", default="quick", help=f"names, {', '.join(PRESETS)}, paper; with commas (default: quick)")
     flag("--source", nargs="+", default=[], metavar="MODEL", help="craft FGSM, MIM-20 and PGD-20 on these: transfer")
-    flag(
-        "--audit",
-        action=argparse.BooleanOptionalAction,
-        help="check for misleading figures (default: in paper and all)",
-    )
+    flag("--audit", action=argparse.BooleanOptionalAction, help="(default: with the presets paper and all)")
     flag("--step-size", type=number(float, 1e-6), help="in pixel units (default: the papers', or 2.5 eps / N)")
     flag("--restarts", type=number(int, 1), default=1, help="of attacks with a random start (default: 1)")
     flag("--save-adversarial", action="store_true", help="keep the attacked images of each attack, as .npz")
+    flag("--eot", type=number(int, 1), default=1, metavar="N", help="of a random model: average and vote over N draws")
     flag("--amp", action="store_true", help="craft in bfloat16, perhaps weaker; verdicts stay in float32")
     args = parser.parse_args(argv)
     if args.audit is None:
@@ -1203,23 +1230,13 @@ def output_folder(args: argparse.Namespace, found: list[Model], name: str) -> Pa
     return file.parent / (name if file.name == "best.pt" else f"{name}-{file.stem}")
 
 
-def describe(model: Model, data: common.Data, args: argparse.Namespace) -> dict:
-    """What eval.json says of the model, the data and the machine."""
-    meta, about = model.meta, {"model": model.name, "dataset": data.name, "torch": str(torch.__version__)}
-    about |= {key: meta[key] for key in ("checkpoint", "method", "epoch", "model_options", "args") if key in meta}
-    if meta.get("history"):
-        about["training_seconds"] = meta["args"]["epochs"] * float(np.mean([row["seconds"] for row in meta["history"]]))
-        about["training_hardware"] = meta.get("hardware")
-    return about | {"hardware": common.hardware(args.device), "command": " ".join(["python", *sys.argv])}
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.device = common.init_distributed(args.device)
     found, sources, data, index = load_models_and_data(args)
     x = data.x_test[index] if isinstance(data.x_test, Tensor) else torch.cat(list(data.x_test.read(index.split(16))))
     y, out, results = data.y_test[index].to(args.device), output_folder(args, found, "eval"), []
-    options = {key: vars(args)[key] for key in ("eps", "norm", "step_size", "restarts", "batch_size", "seed", "amp")}
+    options = {key: value for key, value in vars(args).items() if key in Settings.__dataclass_fields__}
     options |= {"dataset": data.known, "index": index, "audit": args.audit, "save_adversarial": args.save_adversarial}
     if args.eps is None and args.norm == "linf":
         options["eps"] = preset_eps(args.attacks, found, data.known)
@@ -1230,16 +1247,17 @@ def main(argv: list[str] | None = None) -> None:
         trained, eps = model.meta.get("args", {}).get("eps"), Settings(options["eps"], args.norm, data.known).eps
         if trained and not model.meta.get("natural") and args.norm == "linf" and abs(trained - eps) > 0.001:
             print(f"note: {model.name} was trained with eps {trained:.4g}, not {eps:.4g}")
-        folder, about = out / model.name if len(found) > 1 else out, describe(model, data, args)
+        kept = {"checkpoint", "method", "epoch", "model_options", "args"}
+        about = {key: value for key, value in model.meta.items() if key in kept}
+        about |= {"model": model.name, "dataset": data.name, "torch": str(torch.__version__)}
+        about |= {"hardware": common.hardware(args.device), "command": " ".join(["python", *sys.argv])}
+        folder = out / model.name if len(found) > 1 else out
         results.append(evaluate(model.net, x, y, attacks, folder=folder, about=about, **options))
     print_table(results)
     if len(results) > 1:
-        comparison = compare_models(results)
-        print_comparison(comparison)
-        if not common.rank_and_count()[0]:
-            common.write_file(csv_text(comparison), out / "paired.csv")
+        common.write_file(csv_text(compare_models(results)), out / "paired.csv")
     for result in results:
-        print_audit(result)
+        print_checks(result["model"], result.get("audit", result["checks"]), failed_only="audit" not in result)
     print(f"\nwritten to {out}")
 
 

@@ -61,7 +61,7 @@ def test_every_attack_stays_in_the_ball_and_in_range_and_leaves_the_model_alone(
     x, y = images(n, model)
     before = x.clone(), [p.clone() for p in model.parameters()]
     if name == "apgd-t" and classes < 4:
-        with pytest.raises(common.UserError, match=f"apgd-t needs.* 4 classes, and the model has {classes}"):
+        with pytest.raises(common.UserError, match=f"apgd-t needs more classes.*the model has {classes}"):
             short(name)(model, x, y, eps=eps, norm=norm)
         return
     x_adv = short(name)(model, x, y, eps=eps, norm=norm)
@@ -249,7 +249,7 @@ def test_autoattack_and_its_parts_are_those_of_the_package(name, norm, eps):
 def test_autoattack_with_three_classes_runs_its_other_parts_and_says_so():
     model = Net(3)
     x, y = images(6, model)
-    with pytest.warns(UserWarning, match="autoattack without apgd-t: .* 4 classes, and the model has 3"):
+    with pytest.warns(UserWarning, match="autoattack without apgd-t: more than 3 classes"):
         x_adv = short("autoattack")(model, x, y, eps=0.2)
     assert (model(x_adv).argmax(1) != y).any()
 

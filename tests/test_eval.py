@@ -493,9 +493,9 @@ few_made = few()
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["mine.py:few", "--dataset", "digits"], "9 classes.*up to 9"), (["mine.py", "--dataset", "digits"], ":FUNCTION"),
-    (["mine.py:double", "--dataset", "digits"], "float64"), (["mine.py:few_made", "--dataset", "digits"], "9 classes"),
-    (["mine.py:pair", "--dataset", "digits"], "tuple"), (["mine.py:flat", "--dataset", "digits"], "(10,)"),
+    (["mine.py:few", "--dataset", "digits"], "(2, 9).*K at least 10"), (["mine.py", "--dataset", "digits"], ":FUNCTION"),
+    (["mine.py:double", "--dataset", "digits"], "float64"), (["mine.py:few_made", "--dataset", "digits"], "(2, 9)"),
+    (["mine.py:pair", "--dataset", "digits"], "tuple"), (["mine.py:flat", "--dataset", "digits"], "(20,)"),
     (["mine.py:output", "--dataset", "digits"], "its .logits"), (["bare.pt", "--arch", "small_cnn"], "--dataset"),
     (["bare.pt", "--arch", "small_cnn", "--dataset", "digits", "--normalize"], "is gray"),
     (["mine.py:number", "--dataset", "digits"], "nn.Module"), (["mine.py:absent", "--dataset", "digits"], "absent"),
