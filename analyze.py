@@ -55,19 +55,10 @@ def batched(function: Callable[[Tensor], Tensor], x: Tensor, args: Namespace) ->
     return torch.cat([function(images) for images in x.split(args.batch_size)])
 
 
-def predictions(net: nn.Module, x: Tensor, args: Namespace) -> Tensor:
-    return batched(partial(eval_all.predict, net), x, args)
-
-
 def attacked(attack: Callable, net: nn.Module, x: Tensor, y: Tensor, args: Namespace, restart: int = 0) -> Tensor:
     torch.manual_seed(args.seed + restart)
     batches = zip(x.split(args.batch_size), y.split(args.batch_size), strict=True)
     return torch.cat([attack(net, images, labels) for images, labels in batches])
-
-
-def save_figure(figure: Figure, title: str, name: str, args: Namespace) -> None:
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(args.out / f"{name}.png", dpi=150)
 
 
 def print_table(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
@@ -81,14 +72,14 @@ def print_table(title: str, columns: list[str], rows: dict[str, list[str]]) -> N
 def robustness_curves(net: nn.Module, x: Tensor, y: Tensor, args: Namespace) -> dict:
     """Accuracy against eps and restarts under PGD-20, and against the number of steps (Carlini et al. 2019): n and, for
     each axis, its values `at` and the counts `correct` {attack: [...]}. Restarts add up."""
-    clean = predictions(net, x, args) == y
+    clean = batched(partial(eval_all.predict, net), x, args) == y
 
     def robust(name: str, eps: float = args.eps, steps: int = 20, restarts: int = 1) -> np.ndarray:
         attack = eval_all.find_attack(CURVES[name].format(steps))
         step_size = eval_all.Settings(eps, args.norm, args.data.known).step_size_for(attack)
         attack = partial(attack, eps=eps, norm=args.norm, step_size=step_size)
         x_adv = attacked(attack, net, x, y, args, restarts - 1)
-        return (clean & (predictions(net, x_adv, args) == y)).cpu().numpy()
+        return (clean & (batched(partial(eval_all.predict, net), x_adv, args) == y)).cpu().numpy()
 
     eps = [factor * args.eps for factor in (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)]
     axes, result = {"eps": eps, "steps": [1, 2, 5, 10, 20, 50, 100], "restarts": [1, 2, 3, 4, 5]}, {"n": len(y)}
@@ -119,7 +110,8 @@ def plot_curves(results: dict[str, dict], args: Namespace) -> None:
     figure.supylabel("accuracy (%), 95 % band", fontsize=10)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     who = "the stronger of PGD on the cross-entropy and on the margin" if others else model
-    save_figure(figure, f"{who}: {args.ball}, n = {n:,}", "curves", args)
+    figure.suptitle(f"{who}: {args.ball}, n = {n:,}", fontsize=9)
+    figure.savefig(args.out / "curves.png", dpi=150)
 
 
 def gradient_norms(net: nn.Module, x: Tensor, y: Tensor, size: int = 1) -> tuple[list[str], Tensor]:
@@ -134,23 +126,21 @@ def gradient_norms(net: nn.Module, x: Tensor, y: Tensor, size: int = 1) -> tuple
 
 
 def gradient_norm_ratio(net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> dict:
-    """E(||grad_w L(x*)|| / ||grad_w L(x)||), by layer w, L the training loss (HE, Fig. 3): `batch`, the mean of batches
-    of 128 in train mode, as in the authors' code; over 100 single images in eval mode, without `left_out` ones of which
-    a gradient is 0 or not finite, `mean` and `median`, with `low` and `high`, its 95 % interval (None below six)."""
+    """||grad_w L(x*)|| / ||grad_w L(x)|| by layer w (HE, Fig. 3): `batch`, the mean of batches of 128 in train mode; of
+    100 single images in eval mode, without `left_out` ones that have none, `mean`, `median`, its 95 % interval."""
     training = copy.deepcopy(net).train(len(y) > 1)  # its batch statistics change
     whole, few = max(len(y) // 128 * 128, 128), torch.linspace(0, len(y) - 1, min(100, len(y))).round().long()
     norms = [gradient_norms(training, images[:whole], y[:whole], 128)[1] for images in (x_adv, x)]
     batch = (norms[0] / norms[1]).nanmean(0)
-    x, x_adv, y = x[few], x_adv[few], y[few]
-    layers, clean = gradient_norms(net, x, y)
-    ratio = gradient_norms(net, x_adv, y)[1] / clean
+    layers, clean = gradient_norms(net, x[few], y[few])
+    ratio = gradient_norms(net, x_adv[few], y[few])[1] / clean
     ratio = ratio[(clean.isfinite() & ratio.isfinite()).all(1)]
     if not len(ratio):
         raise common.UserError("--gradients: on no clean image has the loss a finite gradient other than 0")
     intervals = [quantile_test(column, p=0.5).confidence_interval(0.95) for column in ratio.T.cpu().numpy()]
     low, high = ([None if math.isnan(end) else float(end) for end in ends] for ends in zip(*intervals, strict=True))
     centers = {"batch": batch.tolist(), "mean": ratio.mean(0).tolist(), "median": ratio.quantile(0.5, 0).tolist()}
-    return {"layers": layers, **centers, "low": low, "high": high, "n": len(ratio), "left_out": len(y) - len(ratio)}
+    return {"layers": layers, **centers, "low": low, "high": high, "n": len(ratio), "left_out": len(few) - len(ratio)}
 
 
 def plot_gradients(results: dict[str, dict], args: Namespace) -> None:
@@ -170,29 +160,29 @@ def plot_gradients(results: dict[str, dict], args: Namespace) -> None:
     axis.set_xlabel("attacked / clean; filled: median, 95 % interval;\nhollow: mean; cross: of batches", fontsize=8)
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    save_figure(figure, f"gradients of the training loss: {args.ball}, PGD-20", "gradients", args)
+    figure.suptitle(f"gradients of the training loss: {args.ball}, PGD-20", fontsize=9)
+    figure.savefig(args.out / "gradients.png", dpi=150)
 
 
 def angles(net: nn.Module, x: Tensor, y: Tensor, args: Namespace) -> dict:
     """In degrees: the `smallest` and `largest` angle between two class weights (MMC: centers), and the mean one
     `within` a class, between the feature of a clean image and the weight of its class (ABCL, App. B)."""
     weight = (net.fc.centers if hasattr(net.fc, "centers") else net.fc.weight).detach()
-    gram = models.cosine(weight, weight)
-    between = models.arccos(gram[~torch.eye(len(gram), dtype=torch.bool, device=gram.device)])
+    between = models.arccos(models.cosine(weight, weight))[~torch.eye(len(weight), dtype=torch.bool, device=x.device)]
     within = models.arccos(models.cosine(batched(net.features, x, args), weight).gather(1, y[:, None])).mean()
-    smallest, largest, within = map(math.degrees, (between.min(), between.max(), within))
-    return {"smallest": smallest, "largest": largest, "within": within}
+    found = {"smallest": between.min(), "largest": between.max(), "within": within}
+    return {name: math.degrees(angle) for name, angle in found.items()}
 
 
 def feature_map(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args: Namespace) -> dict:
-    """Draws the features z of clean and attacked images in the plane, colored by true class, of ten classes at most: by
-    one t-SNE of both (ABCL, App. D), or z itself if d = 2. Returns the `method` and the positions, (N, 2)."""
+    """Draws features, clean and attacked, of ten classes at most: by one t-SNE of both (ABCL, App. D), or z if d = 2.
+    Returns the `method` and the positions, (N, 2)."""
     z = batched(model.net.features, torch.cat([x, x_adv]), args).cpu().numpy()
     method, label = "z" if z.shape[1] == 2 else "t-SNE", y.cpu().numpy()
     if method == "t-SNE":
         z = TSNE(perplexity=min(30, len(z) / 4), init="pca", random_state=args.seed % 2**32).fit_transform(z)
     clean, moved = np.split(z.astype(float).round(3), 2)
-    correct = (predictions(model.net, x_adv, args) == y).cpu().numpy()
+    correct = (batched(partial(eval_all.predict, model.net), x_adv, args) == y).cpu().numpy()
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     right.scatter(*clean.T, s=6, color="0.85", linewidths=0)
@@ -203,21 +193,21 @@ def feature_map(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args
     left.set_xlabel(f"{method}, clean")
     right.set_xlabel(f"{method}, attacked (x: misclassified, gray: clean)")
     figure.legend(loc="outside right center", title="class", fontsize=8, markerscale=2)
-    save_figure(figure, f"{model.name}: {args.ball}, PGD-20, n = {len(y):,}", f"features-{model.name}", args)
+    figure.suptitle(f"{model.name}: {args.ball}, PGD-20, n = {len(y):,}", fontsize=9)
+    figure.savefig(args.out / f"features-{model.name}.png", dpi=150)
     shown = {"label": label, "correct_attacked": correct, "clean": clean, "attacked": moved}
     return {"method": method} | {key: value.tolist() for key, value in shown.items()}
 
 
 def examples(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args: Namespace) -> dict:
     """Draws eight images, those first that the attack fools, and perturbations; returns rows, labels, predictions."""
-    clean, moved = (predictions(model.net, images, args) for images in (x, x_adv))
+    clean, moved = (batched(partial(eval_all.predict, model.net), images, args) for images in (x, x_adv))
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(common.SPLIT_SEED)).to(y.device)
     fooled = ((clean == y) & (moved != y))[order]
     rows = torch.cat([order[fooled], order[~fooled]])[:8]
     shown = {"label": y, "clean": clean, "attacked": moved}
     shown = {"row": rows.tolist()} | {key: value[rows].tolist() for key, value in shown.items()}
-    delta = (x_adv - x)[rows]
-    widest = max(float(delta.abs().max()), 1e-6)
+    delta, widest = (x_adv - x)[rows], max(float((x_adv - x)[rows].abs().max()), 1e-6)
     parts = {"clean": x[rows], "attacked": x_adv[rows], f"perturbation\n(± {widest:.3g})": delta / (2 * widest) + 0.5}
     figure = Figure(figsize=(1.1 * len(rows) + 0.4, 4.2), layout="constrained")
     for (name, images), panels in zip(parts.items(), figure.subplots(3, len(rows), squeeze=False), strict=True):
@@ -226,14 +216,14 @@ def examples(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args: N
             axis.imshow(image.permute(1, 2, 0).numpy(), cmap="gray" if name in shown else "RdBu_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[], title=f"label {shown['label'][i]}" if name == "clean" else "")
             axis.set_xlabel(f"predicted {shown[name][i]}" if name in shown else "")
-    save_figure(figure, f"{model.name}: {args.ball}, PGD-20, n = {len(y):,}", f"examples-{model.name}", args)
+    figure.suptitle(f"{model.name}: {args.ball}, PGD-20, n = {len(y):,}", fontsize=9)
+    figure.savefig(args.out / f"examples-{model.name}.png", dpi=150)
     return shown
 
 
 def corruption_sets(folder: Path, data: common.Data) -> Iterator[tuple[str, int, Tensor | common.ImageFiles, Tensor]]:
     """(corruption, severity, images, labels) of CIFAR-10-C or ImageNet-C in `folder`, as published. Raises UserError.
-    CIFAR-10-C: NAME.npy holds the same images at severity 1, then at 2, up to 5, and labels.npy their labels.
-    ImageNet-C: NAME/SEVERITY/WNID/*.JPEG; the classes are the sorted WNIDs."""
+    CIFAR-10-C: NAME.npy has all images at severity 1, then at 2, up to 5. ImageNet-C: NAME/SEVERITY/WNID/*.JPEG."""
     _, channels, height, width = data.x_test.shape
     for path in sorted(set(folder.glob("*.npy")) - {folder / "labels.npy"}):
         try:
@@ -265,8 +255,9 @@ def corruption_accuracy(net: nn.Module, args: Namespace) -> dict:
         correct.setdefault(name, []).append((torch.cat(predicted) == y[torch.cat(batches)]).double())
     counted = [copy for name, copies in correct.items() if name not in NOT_IN_MCA for copy in copies]
     if not counted or any(len(copies) != 5 for copies in correct.values()):
-        needed = "NAME.npy (CIFAR-10-C) or NAME/1 to NAME/5 (ImageNet-C), and not only the extra corruptions"
-        raise common.UserError(f"--corruptions {args.corruptions}: needed: {needed}")
+        raise common.UserError(
+            f"--corruptions {args.corruptions}: needed: NAME.npy (CIFAR-10-C), NAME/1 to 5 (ImageNet-C)"
+        )
     share = torch.stack(counted).mean(0)
     mca, half_width = 100 * float(share.mean()), 196 * float(share.std(correction=0)) / math.sqrt(len(share))
     accuracy = {name: [100 * float(copy.mean()) for copy in copies] for name, copies in correct.items()}
@@ -302,9 +293,8 @@ def geodesic_pgd(net, x, y, *, thresholds: Tensor, eps: float, step_size: float,
 
 
 def geodesic(model: eval_all.Model, x: Tensor, y: Tensor, args: Namespace) -> dict:
-    """D-SphereNet, Sec. 4.3: an input predicted k is rejected if its angle to W_k is above p * (mu_k + sd_k). Returns
-    {attack: the rates of GEODESIC, None where there is no such image} for PGD-40 and geodesic_pgd. With --geodesic-p 0
-    p maximizes the share of rejected adversarial minus that of rejected clean images among the held-out ones."""
+    """D-SphereNet, Sec. 4.3: an input predicted k is rejected if its angle to W_k is above p * (mu_k + sd_k); the rates
+    of each attack. --geodesic-p 0: p maximizes the share of rejected adversarial minus clean held-out images."""
     net, (mean, std) = model.net, (torch.tensor(model.meta["geodesic"][key]) for key in ("mean", "std"))
     thresholds, p = (mean + std).clamp(min=1e-6).to(args.device), args.geodesic_p
     budget = dict(eps=args.eps, step_size=2.5 * args.eps / 40, steps=40)
@@ -377,6 +367,21 @@ def analyze(model: eval_all.Model, x: Tensor, y: Tensor, args: Namespace) -> dic
     return {name: run() for name, run in analyses.items() if getattr(args, name)}
 
 
+def checked(model: eval_all.Model, x: Tensor, y: Tensor, args: Namespace) -> eval_all.Model:
+    """The model, with what every figure of it must carry in its name. Raises UserError if it cannot be analyzed."""
+    for name, need in (("features", "features"), ("angles", "features"), ("angles", "fc")):
+        if getattr(args, name) and not hasattr(model.net, need):
+            raise common.UserError(f"--{name} needs a model with {need}, and {model.name} has none")
+    if args.geodesic and "geodesic" not in model.meta:
+        raise common.UserError(f"--geodesic needs a checkpoint of train_dsphere.py, which {model.name} is not")
+    with common.frozen_eval(model.net):
+        checks = eval_all.check_model(model.net, x[:32], y[:32], eval_all.Settings(args.eps, args.norm))
+    failed = {check.check for check in checks if not check.passed}
+    if "images are left as they are" in failed or not (eval_all.has_gradient(model.net, x[:1]) or args.corruptions):
+        raise common.UserError(f"{model.name} changes its images in place, or no gradient reaches them")
+    return model._replace(name=" ".join([model.name, *(eval_all.MARKS[name] for name in failed & {*eval_all.MARKS})]))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = eval_all.shared_parser(__doc__)
     for name, text in ANALYSES.items():
@@ -390,14 +395,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--geodesic: its adaptive attack is for the Linf ball only")
     eval_all.disable_tf32()
     found, _, args.data, rows = eval_all.load_models_and_data(args)
-    for model in found:
-        for name, need in (("features", "features"), ("angles", "features"), ("angles", "fc")):
-            if getattr(args, name) and not hasattr(model.net, need):
-                raise common.UserError(f"--{name} needs a model with {need}, and {model.name} has none")
-        if args.geodesic and "geodesic" not in model.meta:
-            raise common.UserError(f"--geodesic needs a checkpoint of train_dsphere.py, which {model.name} is not")
     x, y = common.images_at(args.data.x_test, rows, args.device), args.data.y_test[rows].to(args.device)
     args.eps = eval_all.Settings(args.eps, args.norm, args.data.known).eps
+    found = [checked(model, x, y, args) for model in found]
     args.ball = f"{args.data.name}, {args.norm.capitalize()} eps {args.eps:.4g}"
     args.out = eval_all.output_folder(args, found, "analysis")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -406,8 +406,8 @@ def main(argv: list[str] | None = None) -> None:
         columns = ["nearest class weights", "farthest class weights", "features to own weight"]
         rows = {name: [f"{angle:.1f}" for angle in own["angles"].values()] for name, own in results.items()}
         print_table(f"angles in degrees: {args.data.name}", columns, rows)
-    shows = {"corruptions": print_corruptions, "geodesic": print_geodesic}
-    for name, show in (shows | {"curves": plot_curves, "gradients": plot_gradients}).items():
+    shows = {"corruptions": print_corruptions, "geodesic": print_geodesic, "curves": plot_curves}
+    for name, show in (shows | {"gradients": plot_gradients}).items():
         if getattr(args, name):
             show({model: own[name] for model, own in results.items()}, args)
     about = {"data": args.data.name, "norm": args.norm, "eps": args.eps, "n": len(y), "models": results}

@@ -502,10 +502,9 @@ def pgd(
 ) -> Tensor:
     """Projected gradient ascent on loss(logits, y) in the Linf or L2 ball (Madry et al. 2018; HE, Eq. 18 to 20).
 
-    x is (B, C, H, W) in [0, 1], y (B,); eps and step_size are in pixel units. loss gives (B,) or its mean. `start` is
-    by default uniform in the ball; momentum > 0 is MIM's, on the L1-normalized gradient. The model is in eval mode and
-    frozen meanwhile. With early_stop an image is moved no further once it is misclassified: fewer passes, and the best
-    of all steps. Returns x_adv, in the ball and in [0, 1]."""
+    x and x_adv are (B, C, H, W) in [0, 1], y (B,); eps and step_size in pixel units. loss gives (B,) or its mean. By
+    default `start` is uniform in the ball; momentum > 0 is MIM's. The model is in eval mode and frozen meanwhile. With
+    early_stop an image is moved no further once it is misclassified: fewer passes, and the best of all steps."""
     x_adv = random_start(x, eps, norm) if start is None else project(start.detach(), x, eps, norm)
     velocity = torch.zeros_like(x) if momentum else None
     active = torch.arange(len(x), device=x.device) if early_stop else slice(None)
@@ -545,8 +544,7 @@ def save(content: dict, path: Path) -> None:
     def plain(value: object) -> object:  # weights_only reads no numbers of numpy and no paths
         return value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
 
-    buffer = io.BytesIO()
-    torch.save(tree_map(plain, content), buffer)
+    torch.save(tree_map(plain, content), buffer := io.BytesIO())
     write_file(buffer.getbuffer(), path)
 
 
@@ -607,9 +605,7 @@ def build_model(args: argparse.Namespace, data: Data, **options: object) -> mode
     """models.build_model for this dataset, initialized from --seed. Raises UserError."""
     if not len(data.train) or data.num_classes < 2:
         found = f"{len(data.train) + len(data.val)} training images, {data.num_classes} class(es)"
-        raise UserError(
-            f"{data.source}: {found}; needed: over 100 images, as so many are held out, of 2 classes or more"
-        )
+        raise UserError(f"{data.source}: {found}; needed: 2 classes and over 100 images, as so many are held out")
     torch.manual_seed(args.seed)
     shape = dict(num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size)
     try:
@@ -626,7 +622,7 @@ class Run:
     held-out accuracy, else of PGD's. A script may set run.optimizer before epochs(); each of its groups has a rate of
     its own. With --ema a checkpoint's model is the average; the trained weights are there too. The random numbers of a
     batch follow from (seed, epoch, batch, rank): a resumed run ends bit for bit as an uninterrupted one (on a CPU).
-    SIGTERM and Ctrl-C save the place in the epoch, with run.carry, the tensors that a script hands from batch to batch.
+    SIGTERM and Ctrl-C save the place in the epoch, with run.carry, the tensors that a script hands from batch to batch;
     SIGKILL, or a signal to one of several ranks, costs the epoch."""
 
     def __init__(self, args, model: models.Classifier, data: Data, criterion=None, replays=1, natural=False):
@@ -807,9 +803,10 @@ class Run:
         self._check_finite()
         loss, correct, count = (self.totals * self.ranks).tolist()
         seconds = time.perf_counter() - self.started
-        clean, robust = self._held_out()
-        if not self.rank and clean <= 100 * self.data.y_train[self.data.val].bincount().max() / len(self.data.val):
-            print("warning: the held-out accuracy is that of one class for all: try a smaller --lr", file=sys.stderr)
+        clean, robust, one_class = self._held_out()
+        if not self.rank and one_class >= 95:
+            advice = "try a smaller --lr, or a longer --eps-warmup"
+            print(f"warning: {one_class:.3g} % of the held-out predictions are one class: {advice}", file=sys.stderr)
         row = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], "loss": loss / count}
         row |= {"train_accuracy": 100 * correct / count, "val_clean": clean, "val_robust": robust}
         row |= figures | {"images_per_s": count / seconds, "seconds": seconds}
@@ -822,9 +819,10 @@ class Run:
                 save(self._checkpoint(), self.out / name)
         print(" ".join(f"{key} {value:.4g}" for key, value in row.items()) + " *" * best, flush=True)
 
-    def _held_out(self) -> tuple[float, float]:
-        """Clean and PGD accuracy in % of held-out images, float32 (TF32 on CUDA), at the training eps."""
-        args, data, model, correct = self.args, self.data, self.evaluated, torch.zeros(2, device=self.args.device)
+    def _held_out(self) -> tuple[float, float, float]:
+        """In %: clean accuracy, that under PGD at the training eps, and the share of the commonest prediction."""
+        args, data, model = self.args, self.data, self.evaluated
+        counts = torch.zeros(2 + data.num_classes, device=args.device)
         attack = dict(eps=args.eps, step_size=min(args.step_size, 2.5 * args.eps / args.steps), steps=args.steps)
         rows = data.val[self.rank :: self.ranks].split(args.batch_size // self.ranks)
         images = data.x_train.read(rows) if isinstance(data.x_train, ImageFiles) else (data.x_train[r] for r in rows)
@@ -834,11 +832,13 @@ class Run:
             x, y = to_float(x.to(args.device)), data.y_train[batch].to(args.device)
             x_adv = pgd(model, x, y, loss=lambda z, y: margin_ce(z, y, model.scale), **attack)
             with frozen_eval(model), torch.no_grad():
-                clean, robust = (model(images).argmax(1) == y for images in (x, x_adv))
-            correct += torch.stack([clean.sum(), (clean & robust).sum()])
+                predicted, attacked = (model(images).argmax(1) for images in (x, x_adv))
+            correct = torch.stack([predicted == y, (predicted == y) & (attacked == y)], 1)
+            counts += torch.cat([correct, F.one_hot(predicted, data.num_classes)], 1).sum(0)
         model.amp = args.amp
-        all_mean([correct])
-        return tuple((100 * correct * self.ranks / len(data.val)).tolist())
+        all_mean([counts])
+        clean, robust, *classes = (100 * counts * self.ranks / len(data.val)).tolist()
+        return clean, robust, max(classes)
 
     def _checkpoint(self) -> dict:
         options = {key: value for key, value in self.model.options.items() if value != models.DEFAULTS.get(key)}
@@ -846,9 +846,5 @@ class Run:
         facts |= {"epoch": self.epoch, "history": self.history, "hardware": hardware(self.args.device)}
         state = {"model": self.evaluated.state_dict(), "criterion": self.criterion.state_dict()}
         state |= {"trained": self.model.state_dict()} if self.average else {}
-        state |= {
-            "optimizer": self.optimizer.state_dict(),
-            "optimizer_class": type(self.optimizer).__name__,
-            "begun": {},
-        }
-        return {"format": FORMATS[-1], "torch": str(torch.__version__)} | facts | state
+        state |= {"optimizer": self.optimizer.state_dict(), "optimizer_class": type(self.optimizer).__name__}
+        return {"format": FORMATS[-1], "torch": str(torch.__version__), "begun": {}} | facts | state

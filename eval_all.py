@@ -1,7 +1,7 @@
 """Every attack against any checkpoint: a table, and the worst case over all attacks, image by image.
 
     python eval_all.py runs/angular_at-digits-s0                           # a run folder (its best.pt) or a .pt file
-    python eval_all.py runs/A --attacks autoattack,pgd-40@0.01,cw-inf-100 --restarts 5 --num-images 1000
+    python eval_all.py runs/A --attacks autoattack,pgd-40@0.01 --num-images 1000
     python eval_all.py runs/A runs/B --source runs/C --attacks paper       # several models; transfer from C
     python eval_all.py wrn.pt --arch wrn-34-10 --head he --dataset cifar10 # a published TRADES / MART / HE file
     python eval_all.py my_file.py:make_model --dataset cifar10             # any nn.Module on [0, 1] images
@@ -103,14 +103,10 @@ adaptive_pgd = partial(pgd_scaled, with_margin=True)  # on the training loss (HE
 
 def pgd_fn(model, x, y, **budget):
     """PGD on CE(W z~, y), z~ the normalized input of model.fc: FN in the attack only (HE, Eq. 12, 13, Table 7)."""
-    kept = {}
-    hook = model.fc.register_forward_pre_hook(lambda fc, inputs: kept.update(z=inputs[0]))
-
-    def fn_loss(logits: Tensor, y: Tensor) -> Tensor:  # of the forward pass that gave these logits
-        return cross_entropy(F.linear(F.normalize(kept["z"].to(model.fc.weight.dtype)), model.fc.weight), y)
-
+    kept, weight = {}, model.fc.weight  # z of the forward pass that gave the logits
+    hook = model.fc.register_forward_pre_hook(lambda fc, inputs: kept.update(z=inputs[0].to(weight.dtype)))
     try:
-        return pgd(model, x, y, loss=fn_loss, **budget)
+        return pgd(model, x, y, loss=lambda _, y: cross_entropy(F.linear(F.normalize(kept["z"]), weight), y), **budget)
     finally:
         hook.remove()
 
@@ -119,10 +115,7 @@ def mta(model, x, y, **budget):
     """Multi-target attack (WeightPen, Sec. 4): PGD towards each wrong class, likeliest first, until one succeeds. On an
     MMC model it minimizes the MMC loss of the target, which is minus the target's logit."""
     mmc = isinstance(getattr(model, "fc", None), models.MMCHead)
-
-    def towards(logits: Tensor, target: Tensor) -> Tensor:
-        return logits.gather(1, target[:, None]).squeeze(1) if mmc else -cross_entropy(logits, target)
-
+    towards = (lambda z, t: z.gather(1, t[:, None]).squeeze(1)) if mmc else (lambda z, t: -cross_entropy(z, t))
     targets = model(x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1]  # without y
     x_adv, remaining = x.clone(), torch.arange(len(x), device=x.device)
     for target in targets.T:
@@ -206,7 +199,7 @@ def cw_l2(model, x, y, *, steps=1000, lr=0.01, searches=9, **_):
             (grad,) = torch.autograd.grad(loss, w)
             w.grad = grad.nan_to_num(0, 0, 0)
             wrong = common.fooled(logits, y)
-            closer, success = wrong & (distance.detach() < nearest), success | wrong
+            closer, success = wrong & (distance < nearest), success | wrong
             x_adv[closer], nearest[closer] = now.detach()[closer], distance.detach()[closer]
             adam.step()
             if step % max(steps // 10, 1) == 0:
@@ -309,8 +302,7 @@ def rays(model, x, y, *, eps, queries=10_000, **_):
         ray = torch.where(fresh[:, None], torch.where(block, -signs, signs), ray)
         low, high = torch.where(fresh, 0, low), torch.where(fresh, best, high)
         start = torch.where(fresh, start + length, start)
-        length = torch.where(start < size, length, (length + 1) // 2)
-        start = torch.where(start < size, start, 0)
+        start, length = torch.where(start < size, start, 0), torch.where(start < size, length, (length + 1) // 2)
         done = wrong & (radius <= eps)
         if done.any():
             x_adv[active[done]] = x_new[done]
@@ -424,11 +416,12 @@ def code_parts(value: object, depth: int = 5) -> list:
     """A value; of a function its source, and the parts of what it is called with or closes over. No addresses."""
     if not callable(value):
         return [value]
-    inside = [getattr(value, "func", None), *getattr(value, "args", ()), *getattr(value, "keywords", {}).values()]
+    keywords = getattr(value, "keywords", {})
+    inside = [getattr(value, "func", None), *getattr(value, "args", ()), *keywords.values()]
     inside += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
     with suppress(OSError, TypeError):  # typed into a console
         inside.append(inspect.getsource(value))
-    return [*getattr(value, "keywords", ()), *(code_parts(each, depth - 1) for each in inside if depth)]
+    return [*keywords, *(code_parts(each, depth - 1) for each in inside if depth)]
 
 
 ATTACKS = {
@@ -586,7 +579,6 @@ def transfer_attacks(sources: list[Model]) -> dict[str, Attack]:
 
 
 # --------------------------------------------------------------------------------------------------- the evaluator
-# Each batch of an attack is saved in a file. What is there is not computed again, and ranks exchange their results so.
 
 RESERVED = {"index", "label", "clean_prediction", "worst case", "file", "path"}  # no names of attacks
 TOLERANCE = 1e-6  # of a pixel value, in float32
@@ -691,8 +683,8 @@ def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tens
 
 def run_attack(name, attack: Attack, model, x: Tensor, y, correct, settings: Settings, parts: Path, keep=False) -> dict:
     """attack_batch's verdicts on all N images, with `keep` also its x_adv. Attacked are those `correct` clean (N,), in
-    a restart those that still are, in shuffled batches, so that each has all classes, which the ranks share. The random
-    numbers of a batch follow from the seed, the attack's name and the batch's number."""
+    a restart those that still are, in shuffled batches, so that each has all classes. Each batch is saved in a file: so
+    the ranks exchange their results. Its random numbers follow from the seed, the attack's name and its number."""
     rank, count = common.rank_and_count()
     result = {"correct": correct.clone(), "prediction": y.cpu().clone(), "distance": torch.full(y.shape, math.inf)}
     result |= {"nonfinite": torch.zeros_like(correct), "share": correct.float(), "queries": 0, "seconds": 0, "said": []}
@@ -703,17 +695,16 @@ def run_attack(name, attack: Attack, model, x: Tensor, y, correct, settings: Set
         order = torch.randperm(len(remaining), generator=torch.Generator().manual_seed(settings.seed))
         batches = remaining[order].split(settings.batch_size) if len(remaining) else ()
         files, robust = [parts / f"{stem}.{restart}.{i}.pt" for i in range(len(batches))], len(remaining)
-        bar = tqdm(total=robust, desc=name, unit="img", leave=False, disable=True if rank else None)
-        for i, rows in enumerate(batches):
-            if i % count == rank and not files[i].exists():
-                torch.manual_seed(int(fingerprint(settings.seed, name, restart, i), 16))
-                images, labels = common.images_at(x, rows, y.device), y[rows.to(y.device)]
-                outcome = attack_batch(name, attack, model, images, labels, settings)
-                common.save({key: outcome[key] for key in outcome if keep or key != "x_adv"}, files[i])
-                robust -= int((~outcome["correct"]).sum())
-            bar.update(len(rows))
-            bar.set_postfix_str(f"{robust} robust", refresh=False)
-        bar.close()
+        with tqdm(total=robust, desc=name, unit="img", leave=False, disable=True if rank else None) as bar:
+            for i, rows in enumerate(batches):
+                if i % count == rank and not files[i].exists():
+                    torch.manual_seed(int(fingerprint(settings.seed, name, restart, i), 16))
+                    images, labels = common.images_at(x, rows, y.device), y[rows.to(y.device)]
+                    outcome = attack_batch(name, attack, model, images, labels, settings)
+                    common.save({key: outcome[key] for key in outcome if keep or key != "x_adv"}, files[i])
+                    robust -= int((~outcome["correct"]).sum())
+                bar.update(len(rows))
+                bar.set_postfix_str(f"{robust} robust", refresh=False)
         common.barrier()
         for rows, file in zip(batches, files, strict=True):
             outcome = common.read_file(file)
@@ -770,9 +761,8 @@ def add_result(result: dict, name: str, attack: Attack, outcome: dict, attacked:
     }
     row = accuracy(outcome["correct"]) | {"norm": norm, "eps": eps, "step_size": settings.step_size_for(attack)}
     row |= {"queries": outcome["queries"] / max(attacked, 1), "seconds": outcome["seconds"], "share": share}
-    row |= {"identity": attack.identity(), "nonfinite": len(named)}
-    row["median_distance"] = median if math.isfinite(median) else None
-    row["remark"] = "; ".join(text for text, applies in remarks.items() if applies)
+    row |= {"nonfinite": len(named), "median_distance": median if math.isfinite(median) else None}
+    row |= {"identity": attack.identity(), "remark": "; ".join(text for text, said in remarks.items() if said)}
     rows[name], verdicts[name] = row, outcome["correct"].numpy()
     if name == "clean":
         verdicts["clean_prediction"] = outcome["prediction"].numpy()
@@ -782,7 +772,7 @@ def add_result(result: dict, name: str, attack: Attack, outcome: dict, attacked:
     print(f"{row['accuracy']:8.2f} % {row['seconds']:9.1f} s  {name}", flush=True)
 
 
-def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Settings) -> None:
+def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Settings, keeps: bool) -> None:
     """Raises UserError for what evaluate() cannot take."""
     widest = 1.0 if settings.norm == "linf" else math.sqrt(x[0].numel())
     if x.dtype != torch.uint8 and (x.dtype != torch.float32 or not 0 <= x.min() <= x.max() <= 1):
@@ -792,8 +782,8 @@ def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Set
     if settings.eps > widest:
         far = f"no two images in [0, 1] are more than {widest:.4g} apart"
         raise common.UserError(f"eps {settings.eps:g}, but {far}: give it in pixel units, such as 8/255")
-    if attacks.keys() & RESERVED or attacks.get("clean", ATTACKS["clean"]) != ATTACKS["clean"]:
-        raise common.UserError(f"an attack has the name of a result: {', '.join(attacks)}")
+    if attacks.keys() & RESERVED or attacks.get("clean", ATTACKS["clean"]) != ATTACKS["clean"] or not keeps:
+        raise common.UserError("an attack has the name of a result, or save_adversarial has no folder")
 
 
 def evaluate(
@@ -806,9 +796,7 @@ def evaluate(
     all attacks in the ball, `verdicts` {name: (N,) bool}, `checks` and `audit`. `folder` receives it all, with `index`,
     the images' numbers in their test set, and with save_adversarial x_adv. A second call continues and adds."""
     settings = Settings(**options)
-    check_inputs(x, y, {} if isinstance(attacks, str) else attacks, settings)
-    if save_adversarial and not folder:
-        raise common.UserError("save_adversarial: no folder to save into")
+    check_inputs(x, y, {} if isinstance(attacks, str) else attacks, settings, keeps=folder or not save_adversarial)
     disable_tf32()
     temporary = tempfile.TemporaryDirectory()  # is deleted with this variable
     folder, weights = Path(folder or temporary.name), fingerprint(*model.state_dict().values())
@@ -1024,8 +1012,6 @@ def published_options(args: argparse.Namespace) -> dict:
     options = {"arch": args.arch, "head": args.head, "in_channels": data.in_channels, "image_size": data.image_size}
     options["scale"] = scale if args.scale is None else args.scale
     options["margin"] = margin if args.margin is None else args.margin
-    if args.normalize and data.in_channels != 3:
-        raise common.UserError(f"--normalize has CIFAR-10's mean and std, and {data.name} is gray")
     published_he = data.known == "cifar10" and args.head != "linear"  # they normalize in the network
     if args.normalize or (published_he and args.normalize is None):
         options |= {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2471, 0.2435, 0.2616]}
@@ -1036,9 +1022,8 @@ def published_options(args: argparse.Namespace) -> dict:
 
 def load_models(texts: list[str], args: argparse.Namespace) -> list[Model]:
     """Run folders, checkpoints, bare state dicts (with --arch) and FILE.py:FUNCTION, in eval mode on the device."""
-    found, load = [], common.load_checkpoint
-    if texts and args.arch:
-        load = partial(load_published, **published_options(args))
+    bare = texts and args.arch
+    found, load = [], partial(load_published, **published_options(args)) if bare else common.load_checkpoint
     for text in texts:
         if re.search(r"\.py(:|$)", text):
             name, net, meta = Path(text.replace(".py:", "-")).name, user_model(text), {"checkpoint": text}
@@ -1060,8 +1045,8 @@ def check_fit(model: Model, data: common.Data, device: str) -> None:
         if built.get(key, value) != value:
             raise common.UserError(f"{model.name} was built for {key} {built[key]}, but {data.name} has {value}")
     logits = model.net(common.images_at(data.x_test, torch.arange(min(2, len(data.y_test))), device))
-    got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-    got += " (return its .logits)" if hasattr(logits, "logits") else ""
+    kind = type(logits).__name__ + " (return its .logits)" * hasattr(logits, "logits")
+    got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else kind
     if not got.startswith("torch.float32 (") or logits.ndim != 2 or logits.shape[1] < data.num_classes:
         needed = f"float32 logits (B, K), K at least {data.num_classes} as the labels of {data.name} go so far"
         raise common.UserError(f"{model.name} returned {got} for two images; needed: {needed}")
@@ -1154,13 +1139,13 @@ def compare_models(results: list[dict]) -> list[dict]:
 
 def print_checks(model: str, checks: list[dict], failed_only: bool = False) -> None:
     """Pass or FAIL for each check, with its figures, and what a failure calls into question."""
+    shown = [check for check in checks if not (failed_only and check["passed"])]
     failed = sum(not check["passed"] for check in checks)
-    if failed or not failed_only:
+    if shown:
         print(f"\nchecks of {model}: {failed} of {len(checks)} FAIL" if failed else f"\naudit of {model}: passes")
-    for check in checks:
+    for check in shown:
         verdict, question = ("pass", "") if check["passed"] else ("FAIL", f"\n      in question: {check['questions']}")
-        if not (failed_only and check["passed"]):
-            print(f"{verdict}  {check['check']:<40}  {check['figures']}; fails if {check['fails']}{question}")
+        print(f"{verdict}  {check['check']:<40}  {check['figures']}; fails if {check['fails']}{question}")
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -1201,8 +1186,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--eot", type=number(int, 1), default=1, metavar="N", help="of a random model: average and vote over N draws")
     flag("--amp", action="store_true", help="craft in bfloat16, perhaps weaker; verdicts stay in float32")
     args = parser.parse_args(argv)
-    if args.audit is None:
-        args.audit = bool({"paper", "all"} & set(map(str.strip, args.attacks.split(","))))
+    named = {name.strip() for name in args.attacks.split(",")}
+    args.audit = bool({"paper", "all"} & named) if args.audit is None else args.audit
     return args
 
 
@@ -1240,7 +1225,7 @@ def main(argv: list[str] | None = None) -> None:
     options |= {"dataset": data.known, "index": index, "audit": args.audit, "save_adversarial": args.save_adversarial}
     if args.eps is None and args.norm == "linf":
         options["eps"] = preset_eps(args.attacks, found, data.known)
-    settings, image = Settings(norm=args.norm, dataset=data.known), common.images_at(x, torch.arange(1), args.device)
+    image, settings = common.images_at(x, torch.arange(1), args.device), Settings(norm=args.norm, dataset=data.known)
     attacks = select_attacks(args.attacks, found, settings, image) | transfer_attacks(sources)
     for model in found:
         print(f"{model.name}: {len(attacks)} attacks on {len(y)} images of {data.name}")

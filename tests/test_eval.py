@@ -497,7 +497,7 @@ few_made = few()
     (["mine.py:double", "--dataset", "digits"], "float64"), (["mine.py:few_made", "--dataset", "digits"], "(2, 9)"),
     (["mine.py:pair", "--dataset", "digits"], "tuple"), (["mine.py:flat", "--dataset", "digits"], "(20,)"),
     (["mine.py:output", "--dataset", "digits"], "its .logits"), (["bare.pt", "--arch", "small_cnn"], "--dataset"),
-    (["bare.pt", "--arch", "small_cnn", "--dataset", "digits", "--normalize"], "is gray"),
+    (["bare.pt", "--arch", "small_cnn", "--dataset", "digits", "--normalize"], "mean"),
     (["mine.py:number", "--dataset", "digits"], "nn.Module"), (["mine.py:absent", "--dataset", "digits"], "absent"),
     (["nowhere.py:make", "--dataset", "digits"], "nowhere.py"), (["nowhere.pt"], "nowhere.pt"),
     (["mine.py:Net"], "--dataset"), ([], "name a run"), (["bare.pt", "--dataset", "digits"], "--arch"),
