@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -447,18 +447,17 @@ def margin_ce(logits: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0
 @contextmanager
 def frozen_eval(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode and frozen parameters: an attack changes no batch statistic and computes no weight gradient."""
-    modes = [(module, module.training) for module in model.modules()]  # some may stay in eval mode in training
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
+    kept = [(module, "training", module.training) for module in model.modules() if hasattr(module, "training")]
+    kept += [(p, "requires_grad", p.requires_grad) for p in model.parameters()]
+    with suppress(NotImplementedError):  # of an exported program, which has no modes
+        model.eval()
     try:
-        for p in trained:
+        for p in model.parameters():
             p.requires_grad_(False)
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for p in trained:
-            p.requires_grad_(True)
+        for each, name, value in kept:
+            setattr(each, name, value)
 
 
 def norms(delta: Tensor, norm: str) -> Tensor:

@@ -158,8 +158,7 @@ def deepfool(model, x, y, *, norm="linf", steps, overshoot=0.02, candidates=10, 
     """Moosavi-Dezfooli et al. 2016: steps to the nearest linearized boundary with one of the likeliest classes, until
     the class changes. The overshoot stretches all steps together. WeightPen, Sec. 4, has 50 steps, HE 100."""
     x_adv, path, active = x.clone(), torch.zeros_like(x), torch.arange(len(x), device=x.device)  # path: all steps
-    others = model(x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
-    others = others[:, : min(candidates, others.shape[1]) - 1]
+    others = model(x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1][:, : candidates - 1]
     for _ in range(steps):
         now = x_adv[active].requires_grad_()
         logits = model(now)
@@ -257,9 +256,8 @@ def zoo(model, x, y, *, eps, queries=20_000, coordinates=128, sigma=1e-4, **_):
     flat, active = x.flatten(1).clone(), torch.arange(len(x), device=x.device)
     moment1, moment2, count = (torch.zeros_like(flat) for _ in range(3))
     while queries:
+        active = active[~common.fooled(model(flat[active].view(-1, *x.shape[1:])), y[active])]
         x_now = flat[active].view(-1, *x.shape[1:])
-        keep = ~common.fooled(model(x_now), y[active])
-        active, x_now = active[keep], x_now[keep]
         n = min(coordinates, size, (queries - 1) // 2)
         queries -= 1 + 2 * n
         if not n or not len(active):
@@ -338,7 +336,7 @@ def autoattack(model, x, y, *, eps, norm="linf", parts=STANDARD, queries=5000, f
     if len(fit) < len(parts):
         model.said.add(f"autoattack without {', '.join({*parts} - {*fit})}: more than {classes} classes are needed")
     adversary = AutoAttack(model, norm=norm.capitalize(), eps=eps, seed=torch.initial_seed() % 2**31, device=x.device)
-    adversary.attacks_to_run = fit
+    adversary.attacks_to_run, adversary.version = fit, "rand" if model.eot > 1 else "standard"
     adversary.square.n_queries, adversary.fab.n_iter = queries, fab_steps
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
     with autoattack_checks(model.said):
@@ -382,6 +380,8 @@ class Attack:
     needs: str = "gradients"  # of the model; also "features" (x -> (B, d)), "fc" (linear), "four classes"; "": nothing
     source: str = ""  # of a transfer attack: the fingerprint of the model that it is crafted on
 
+    @torch.inference_mode(mode=False)
+    @torch.enable_grad()
     def __call__(self, model, x, y, *, eps: float, norm: str | None = None, step_size: float | None = None) -> Tensor:
         """x_adv (B, C, H, W) for x in [0, 1] and y (B,); eps and step_size in pixel units, norm linf or l2."""
         norm = norm or self.norms[0]
@@ -400,7 +400,7 @@ class Attack:
     def lacking(self, model: nn.Module, image: Tensor) -> str:
         """What the attack needs and the model does not have, or ""."""
         if self.needs and not has_gradient(model, image):
-            return "gradients (no_grad, detach, numpy or quantization in the model?)"
+            return "gradients (square and rays need none; no_grad, detach, numpy in the model?)"
         fits = {"": True, "gradients": True, "fc": isinstance(getattr(model, "fc", None), nn.Linear)}
         fits["four classes"] = model(image).shape[1] >= 4
         with suppress(Exception):
@@ -591,7 +591,7 @@ class Observed(nn.Module):
 
     def __init__(self, model: nn.Module, x: Tensor, amp: bool = False, eot: int = 1):
         super().__init__()
-        self.model, self.x, self.amp, self.eot = model, x, amp, eot
+        self.model, self.x, self.amp, self.eot = getattr(model, "_orig_mod", model), x, amp, eot  # not compiled
         self.exact = not amp and eot == 1  # or else a misclassification does not tell when to stop
         self.queries, self.nonfinite, self.said = 0, torch.zeros(len(x), dtype=torch.bool, device=x.device), set()
         self.__dict__ |= {name: getattr(model, name) for name in ("fc", "scale", "margin") if hasattr(model, name)}
@@ -645,9 +645,9 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 
 def has_gradient(model: nn.Module, image: Tensor) -> bool:
     """Whether a gradient, be it 0, flows from the logits to the image."""
-    image = image.clone().requires_grad_()
+    image = image.repeat(2, 1, 1, 1).requires_grad_()  # two, for batch norm by the statistics of a batch
     with common.frozen_eval(model), suppress(NotImplementedError):  # of an operator without a derivative
-        logits = model(image)
+        logits = (model.model if isinstance(model, Observed) else model)(image.clone())
         return logits.requires_grad and torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is not None
     return False
 
@@ -786,11 +786,12 @@ def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Set
         raise common.UserError("an attack has the name of a result, or save_adversarial has no folder")
 
 
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
 def evaluate(
     model, x, y, attacks="quick", *, audit=False, folder=None, index=None, about=None, save_adversarial=False, **options
 ) -> dict:
     """Run attacks on a model, any nn.Module from images in [0, 1] to logits (B, K), on the device of y (N,).
-
     x is (N, C, H, W), uint8 or float in [0, 1]; `attacks` as in --attacks or {name: Attack}; options as in Settings.
     Returns settings, `about`, `attacks` {name: row} with accuracies in %, their 95 % intervals and the worst case over
     all attacks in the ball, `verdicts` {name: (N,) bool}, `checks` and `audit`. `folder` receives it all, with `index`,
@@ -970,7 +971,6 @@ PUBLISHED = (  # names in the files of MART, FastAT and others, and here: replac
 
 def load_published(path: str | Path, device: str = "cpu", **options: object) -> tuple[models.Classifier, dict]:
     """The model of a bare state dict, in eval mode; options as in models.build_model, num_classes read from the file.
-
     The weights may be the entry state_dict, model, net or model_state_dict, under our names or PUBLISHED ones. What no
     layer uses is named on stderr. Reads checkpoints of this project too. Raises common.UserError if they do not fit."""
     content = common.read_file(Path(path))
