@@ -358,7 +358,7 @@ def test_several_models_are_compared_image_by_image_on_the_attacks_that_both_fac
         assert (row["model"], row["minus"], row["n"]) == (name, "he", "60")
         assert float(row["difference"]) == pytest.approx(100 * (second[attack] - first[attack]) / 60, abs=1e-3), attack
     table = text.partition("attack  ")[2].partition("\n\n")[0].splitlines()
-    assert len({line.index(")") for line in table[1:]}) == 1 and f"{name} minus he, the same images" in text
+    assert len({line.index(")") for line in table[1:]}) == 1 and f"{name} minus he, the same 60 images" in text
     verdicts = {"clean": [1, 1, 1, 1], "fgsm": [1, 1, 1, 0], "own": [0, 0, 1, 1], "fgsm-l2": [0, 0, 0, 0]}
     verdicts = {name: np.array(each, bool) for name, each in verdicts.items()}
     rows = {name: {"norm": "l2" if "l2" in name else "linf"} for name in verdicts}
@@ -476,9 +476,10 @@ USERS_FILE = """
 from types import SimpleNamespace
 from torch import Tensor, nn
 class Net(nn.Module):
-    def __init__(self, wrap=lambda logits: logits, classes=10):
+    def __init__(self, wrap=lambda logits: logits, classes=10, hook=lambda net, inputs: None):
         super().__init__()
         self.fc, self.wrap = nn.Linear(64, classes), wrap
+        self.register_forward_pre_hook(hook)
     def forward(self, x):
         return self.wrap(self.fc(x.flatten(1)))
 def few(): return Net(classes=9)
@@ -487,7 +488,7 @@ def pair(): return Net(lambda logits: (logits, logits))
 def output(): return Net(lambda logits: SimpleNamespace(logits=logits))
 def flat(): return Net(Tensor.flatten)
 def number(): return 3
-def detached(): return Net(Tensor.detach)
+def strict(): return Net(hook=lambda net, inputs: [None][((255 * inputs[0] + 0.1) % 1 > 0.2).any()])
 few_made = few()
 """
 
@@ -529,9 +530,9 @@ def test_a_users_network_of_torchvision_on_images_that_are_not_square(cli, make_
 
 def test_an_error_in_the_users_model_keeps_its_traceback_and_names_the_attack(cli, tmp_path):
     write(tmp_path / "mine.py", USERS_FILE)
-    with pytest.raises(RuntimeError, match="does not require grad") as caught:
-        cli("eval_all", "mine.py:detached", "--dataset", "digits", "--attacks", "fgsm")
-    assert "attack fgsm" in caught.value.__notes__[0]
+    with pytest.raises(IndexError) as caught:  # of pixels that are no multiples of 1 / 255
+        cli("eval_all", "mine.py:strict", "--dataset", "digits", "--attacks", "pgd-2")
+    assert "attack pgd-2" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("head, flags, expected", [
