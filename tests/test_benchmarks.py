@@ -1,7 +1,6 @@
 """benchmarks/*.sh with a stub for python: their commands are valid; what is done, skipped and deleted."""
 
 import argparse
-import fcntl
 import importlib
 import shutil
 import subprocess
@@ -58,33 +57,6 @@ def test_the_scripts_accept_the_flags_of_all_rows(benchmarks, tmp_path, monkeypa
             assert all(eval_all.find_attack(attack) for attack in parsed.value.args[0].attacks.split(","))
 
 
-def test_finished_rows_are_skipped(benchmarks, tmp_path):
-    assert benchmarks("pgd-he-steps3", SEEDS="0")[0] == 0
-    (tmp_path / "calls").unlink()
-    assert benchmarks("pgd-he-steps3", "pgd-he-steps1", SEEDS="0")[0] == 0  # steps1 is from another machine
-    assert not (tmp_path / "calls").exists()
-
-
 def test_redo_repeats_the_seeds_that_a_row_has_and_a_row_that_fails_stops_no_other(benchmarks):
     assert benchmarks("--redo", "pgd-he-steps1") == (0, "", OLD | dict.fromkeys(ROWS[:2], "new"))
     assert benchmarks("--redo", "pgd-he-steps1", "pgd-he-steps2", FAILING="--steps 1 ") == (1, "", {ROWS[2]: "new"})
-
-
-@pytest.mark.parametrize("names", ["", "pgd-he-steps2 x", "pgd-he-steps2 pgd-he-steps1"])  # the last one is in work
-def test_a_redo_that_is_refused_deletes_nothing(benchmarks, tmp_path, names):
-    (tmp_path / "runs/digits").mkdir(parents=True)
-    with (tmp_path / "runs/digits/pgd-he-steps1-s2.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        code, message, results = benchmarks("--redo", *names.split())
-    assert code == 2 and message.count("\n") == 1 and results == OLD
-
-
-def test_transfers_are_repeated_when_a_network_was_trained_again(benchmarks, tmp_path):
-    rows, redo = ["pgd", "trades-he", "weightpen", "dsphere"], ["--redo", "dsphere"]
-    made = [tmp_path / f"benchmarks/results/mnist-transfer/{row}-s0/transfer/eval.json" for row in rows]
-    assert benchmarks(*rows[:3], script="mnist", SEEDS="0")[0] == 0 and not any(file.exists() for file in made)
-    for command, expected in ((rows, "new\n"), (rows, "old"), (redo, "new\n")):
-        assert benchmarks(*command, script="mnist", SEEDS="0")[0] == 0
-        assert [file.read_text() for file in made] == [expected] * 4
-        for file in made:
-            file.write_text("old")

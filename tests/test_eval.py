@@ -403,26 +403,14 @@ def test_attacked_images_are_kept_and_are_a_dataset_for_other_models(cli, tmp_pa
 
 def test_kept_images_are_those_of_the_attack_as_it_is_now(pixels, tmp_path):
     """Also for names that differ only in what a file's name cannot hold; a rounding error above 1 is cut off."""
-    steps = {"a b": 0.04, "a_b": 0.05}
-    for factor in (1, 2):
-        attacks = {
-            name: Attack(partial(lambda model, x, y, step, **_: x + step, step=factor * step))
-            for name, step in steps.items()
-        }
+    by = lambda step: Attack(partial(lambda model, x, y, step, **_: x + step, step=step))  # noqa: E731
+    for attacks in ({"a b": by(0.04), "a_b": by(0.05)}, {"a b": by(0.08), "a_b": by(0.1)}):
         for keep in (False, True):
             evaluate(Threshold(), *pixels, attacks, eps=0.1, folder=tmp_path, save_adversarial=keep)
     kept = [np.load(file)["x_test"] - pixels[0].numpy() for file in sorted(tmp_path.glob("settings-*/x_adv-a_b-*.npz"))]
     assert sorted(delta.max().round(3) for delta in kept) == pytest.approx([0.04, 0.05, 0.08, 0.1])
-    nearly = Attack(lambda model, x, y, **_: torch.where(x > 0.9, 1 + 5e-7, x))
-    evaluate(
-        Threshold(),
-        torch.ones(2, 1, 2, 2),
-        torch.tensor([1, 1]),
-        {"edge": nearly},
-        eps=0.1,
-        folder=tmp_path,
-        save_adversarial=True,
-    )
+    nearly, white = Attack(lambda model, x, y, **_: 1 + 5e-7 * x), (torch.ones(2, 1, 2, 2), torch.tensor([1, 1]))
+    evaluate(Threshold(), *white, {"edge": nearly}, eps=0.1, folder=tmp_path, save_adversarial=True)
     (file,) = tmp_path.glob("settings-*/x_adv-edge-*.npz")
     assert common.load_data(str(file)).x_test.max() == 1
 
@@ -494,7 +482,7 @@ few_made = few()
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["mine.py:few", "--dataset", "digits"], "(2, 9).*K at least 10"), (["mine.py", "--dataset", "digits"], ":FUNCTION"),
+    (["mine.py:few", "--dataset", "digits"], "(2, 9).*at least 10"), (["mine.py", "--dataset", "digits"], ":FUNCTION"),
     (["mine.py:double", "--dataset", "digits"], "float64"), (["mine.py:few_made", "--dataset", "digits"], "(2, 9)"),
     (["mine.py:pair", "--dataset", "digits"], "tuple"), (["mine.py:flat", "--dataset", "digits"], "(20,)"),
     (["mine.py:output", "--dataset", "digits"], "its .logits"), (["bare.pt", "--arch", "small_cnn"], "--dataset"),
@@ -543,9 +531,8 @@ def test_a_bare_state_dict_has_the_scale_of_its_head(cli, make_npz, tmp_path, he
     make_npz("cifar10", shape=(32, 32, 3))
     torch.save(models.build_model("wrn-10-1", 10, head=head).state_dict(), tmp_path / "net.pt")
     described = ["--dataset", "cifar10", "--data-dir", tmp_path, "--arch", "wrn-10-1", "--head", head, *flags]
-    code, text, err = cli(
-        "eval_all", tmp_path / "net.pt", *described, "--attacks", "adaptive-pgd-2", "--num-images", "4"
-    )
+    few = ["--attacks", "adaptive-pgd-2", "--num-images", "4"]
+    code, text, err = cli("eval_all", tmp_path / "net.pt", *described, *few)
     assert code == 0, err
     options = json.loads((tmp_path / "eval-net" / "eval.json").read_text())["model_options"]
     assert (options["scale"], options["margin"], options["mean"] is not None) == expected

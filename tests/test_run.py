@@ -434,7 +434,9 @@ def test_rate_eps_and_step_size_change_step_by_step(cli, tmp_path, monkeypatch, 
 def test_best_pt_is_the_most_robust_epoch_or_of_natural_training_the_most_accurate(
     cli, tmp_path, monkeypatch, command, best
 ):
-    held_out = iter([(90.0, 10.0, 20.0), (80.0, 50.0, 20.0), (80.0, 50.0, 20.0)])  # the last is no better than the one before
+    held_out = iter(
+        [(90.0, 10.0, 20.0), (80.0, 50.0, 20.0), (80.0, 50.0, 20.0)]
+    )  # the last is no better than the one before
     monkeypatch.setattr(common.Run, "_held_out", lambda run: next(held_out))
     flags = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--epochs", "3", "--out", tmp_path / "run"]
     assert cli(*command.split(), *flags)[0] == 0
