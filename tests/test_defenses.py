@@ -168,6 +168,7 @@ def without_gradients(x):
 
 
 BLOCKED = {"inference mode": without_gradients, "numpy": lambda x: torch.from_numpy(x.detach().numpy().copy())}
+BLOCKED["a gradient of its own"] = lambda x, weight=torch.ones(1, requires_grad=True): x.detach() * weight
 
 
 @pytest.mark.parametrize("name", BLOCKED)
