@@ -380,8 +380,7 @@ class Attack:
     needs: str = "gradients"  # of the model; also "features" (x -> (B, d)), "fc" (linear), "four classes"; "": nothing
     source: str = ""  # of a transfer attack: the fingerprint of the model that it is crafted on
 
-    @torch.inference_mode(mode=False)
-    @torch.enable_grad()
+    @torch.inference_mode(mode=False)  # gradients, also where the caller switched them off
     def __call__(self, model, x, y, *, eps: float, norm: str | None = None, step_size: float | None = None) -> Tensor:
         """x_adv (B, C, H, W) for x in [0, 1] and y (B,); eps and step_size in pixel units, norm linf or l2."""
         norm = norm or self.norms[0]
@@ -568,10 +567,12 @@ def select_attacks(text: str, targets: list[Model], settings: Settings, image: T
     return attacks
 
 
-def transfer_attacks(sources: list[Model]) -> dict[str, Attack]:
-    """FGSM, MIM-20 and PGD-20 from each source."""
+def transfer_attacks(sources: list[Model], image: Tensor) -> dict[str, Attack]:
+    """FGSM, MIM-20 and PGD-20 from each source. Raises UserError if one has no gradients."""
     attacks = {}
     for (source, net, _), name in itertools.product(sources, ("fgsm", "mim-20", "pgd-20")):
+        if not has_gradient(net, image):
+            raise common.UserError(f"--source {source}: no gradient reaches the image")
         key = fingerprint(*net.state_dict().values(), getattr(net, "options", net), code_of(net))
         run = partial(transferred, source=net, attack=ATTACKS[name].run)
         attacks[f"{name} from {source}"] = replace(ATTACKS[name], run=run, source=key, needs="")
@@ -786,8 +787,7 @@ def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Set
         raise common.UserError("an attack has the name of a result, or save_adversarial has no folder")
 
 
-@torch.inference_mode(mode=False)
-@torch.enable_grad()
+@torch.inference_mode(mode=False)  # gradients, also where the caller switched them off
 def evaluate(
     model, x, y, attacks="quick", *, audit=False, folder=None, index=None, about=None, save_adversarial=False, **options
 ) -> dict:
@@ -1226,7 +1226,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.eps is None and args.norm == "linf":
         options["eps"] = preset_eps(args.attacks, found, data.known)
     image, settings = common.images_at(x, torch.arange(1), args.device), Settings(norm=args.norm, dataset=data.known)
-    attacks = select_attacks(args.attacks, found, settings, image) | transfer_attacks(sources)
+    attacks = select_attacks(args.attacks, found, settings, image) | transfer_attacks(sources, image)
     for model in found:
         print(f"{model.name}: {len(attacks)} attacks on {len(y)} images of {data.name}")
         trained, eps = model.meta.get("args", {}).get("eps"), Settings(options["eps"], args.norm, data.known).eps
