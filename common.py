@@ -71,14 +71,17 @@ def rank_and_count() -> tuple[int, int]:
 
 def init_distributed(device: str) -> str:
     """Join the other ranks of torchrun, if there are any; returns this rank's device. Only rank 0 prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if device.startswith("cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
+    cuda, ranks = device.startswith("cuda"), int(os.environ.get("WORLD_SIZE", 1))
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if ranks > 1 else device
+        torch.cuda.set_device(torch.device(device).index or 0)
+    if ranks > 1:
+        threads = max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))  # shared among the ranks
+        options = {"backend": "nccl", "device_id": torch.device(device)} if cuda else {"backend": "gloo"}
+        dist.init_process_group(**options, timeout=timedelta(hours=12))  # ranks of an evaluation may end hours apart
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
     return device
 
 
@@ -326,7 +329,8 @@ def device_flag(text: str) -> str:
     """An argparse type: cpu, cuda or cuda:N, if this machine has it; auto: cuda if torch sees a GPU, else cpu."""
     if text == "auto":
         if NVIDIA.exists() and not torch.cuda.is_available() and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"warning: {NVIDIA} exists, torch sees no GPU: install one for this driver's CUDA", file=sys.stderr)
+            advice = f"torch {torch.__version__} sees no GPU: for an older driver install a wheel for an older CUDA"
+            print(f"warning: {NVIDIA} exists, but {advice}", file=sys.stderr)
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=text).item()
@@ -340,6 +344,17 @@ def supports_bf16(device: str) -> bool:
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile works, tried on a small function: it needs a C compiler. Warns in one line if not."""
+    try:
+        torch.compile(lambda x: (2 * x).relu())(torch.ones(9, device=device))
+        return True
+    except Exception as error:  # each part of the compiler has exceptions of its own
+        if not rank_and_count()[0]:
+            print(f"warning: without torch.compile ({' '.join(str(error).split())[:150]})", file=sys.stderr)
+        return False
 
 
 def hardware(device: str) -> str:
@@ -428,7 +443,8 @@ def finish_args(args: argparse.Namespace, method: str) -> argparse.Namespace:
     args.method, args.device = method, init_distributed(args.device)
     args.out = args.out or f"runs/{method}-{Path(args.dataset).name.removesuffix('.npz')}-s{args.seed}"
     args.amp = supports_bf16(args.device) if args.amp is None else args.amp
-    args.compile = args.device.startswith("cuda") if args.compile is None else args.compile
+    usual = args.device.startswith("cuda") and "res" in args.arch.replace("wrn", "res")  # small networks gain little
+    args.compile = (usual if args.compile is None else args.compile) and can_compile(args.device)
     _, ranks = rank_and_count()
     if args.batch_size % ranks or args.batch_size == ranks:
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of {ranks} ranks, at least 2 images each")
@@ -445,19 +461,30 @@ def margin_ce(logits: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0
 
 
 @contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """No parameter takes a gradient meanwhile: an attack would compute those of all weights and throw them away."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+@contextmanager
 def frozen_eval(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode and frozen parameters: an attack changes no batch statistic and computes no weight gradient."""
-    kept = [(module, "training", module.training) for module in model.modules() if hasattr(module, "training")]
-    kept += [(p, "requires_grad", p.requires_grad) for p in model.parameters()]
+    """frozen, and eval mode: an attack changes no batch statistic."""
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # may be mixed
     with suppress(NotImplementedError):  # of an exported program, which has no modes
         model.eval()
     try:
-        for p in model.parameters():
-            p.requires_grad_(False)
-        yield
+        with frozen(model):
+            yield
     finally:
-        for each, name, value in kept:
-            setattr(each, name, value)
+        for module, mode in modes:
+            module.training = mode
 
 
 def norms(delta: Tensor, norm: str) -> Tensor:
@@ -537,14 +564,15 @@ def write_file(content: bytes, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def save(content: dict, path: Path) -> None:
-    """torch.save, through write_file."""
+def save(content: dict, *paths: Path) -> None:
+    """torch.save, through write_file, to each path."""
 
     def plain(value: object) -> object:  # weights_only reads no numbers of numpy and no paths
         return value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
 
     torch.save(tree_map(plain, content), buffer := io.BytesIO())
-    write_file(buffer.getbuffer(), path)
+    for path in paths:
+        write_file(buffer.getbuffer(), path)
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -631,6 +659,7 @@ class Run:
         if not self.steps_per_epoch:
             raise UserError(f"--batch-size {args.batch_size} is more than the {len(data.train)} training images")
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        torch.backends.cudnn.benchmark = True  # the shapes never change
         if args.sync_bn and args.device.startswith("cuda"):
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif args.sync_bn and not self.rank:
@@ -645,7 +674,8 @@ class Run:
             torch._dynamo.config.recompile_limit = 32  # training, attack and held-out batches of several sizes
             self.model.compile()
         parameters = [*dict.fromkeys([*model.parameters(), *self.criterion.parameters()])]  # it may hold the model
-        self.optimizer = OPTIMIZERS[args.optimizer](parameters, args.lr, weight_decay=args.weight_decay)
+        fused = args.device.startswith("cuda") or None
+        self.optimizer = OPTIMIZERS[args.optimizer](parameters, args.lr, weight_decay=args.weight_decay, fused=fused)
         self.epoch, self.iteration, self.history, self.signal, self.begun, self.resumed = 0, 0, [], None, {}, {}
         self.selection_metric = itemgetter(*("val_clean", "val_robust") if natural else ("val_robust", "val_clean"))
         if held := [path for path in (self.out / "last.pt", self.out / "best.pt") if path.exists()]:
@@ -717,7 +747,7 @@ class Run:
             if (old := self.resumed.get("optimizer_class", name)) != name:
                 raise UserError(f"--resume: the optimizer was {old}, now {name}")
             for group, before in zip(self.optimizer.param_groups, saved["param_groups"], strict=False):
-                before["initial_lr"] = group["lr"]  # older files have none
+                before |= {"initial_lr": group["lr"], "fused": group.get("fused")}  # older files have no initial_lr
             self._load(self.optimizer, saved)
             self.resumed = {}
         trained, own = {p for g in self.optimizer.param_groups for p in g["params"]}, {*self.criterion.parameters()}
@@ -814,8 +844,7 @@ class Run:
         lines = [",".join(self.history[0]), *(",".join(f"{v:.6g}" for v in row.values()) for row in self.history)]
         if not self.rank:  # best.pt before last.pt: a run killed in between repeats the epoch
             write_file("\n".join([*lines, ""]).encode(), self.out / "log.csv")
-            for name in ("best.pt", "last.pt") if best else ("last.pt",):
-                save(self._checkpoint(), self.out / name)
+            save(self._checkpoint(), *[self.out / "best.pt"][: int(best)], self.out / "last.pt")
         print(" ".join(f"{key} {value:.4g}" for key, value in row.items()) + " *" * best, flush=True)
 
     def _held_out(self) -> tuple[float, float, float]:
@@ -829,9 +858,10 @@ class Run:
         model.amp = False  # in bfloat16 a saturated activation has no gradient, and the attack is weaker
         for batch, x in zip(rows, images, strict=True):
             x, y = to_float(x.to(args.device)), data.y_train[batch].to(args.device)
-            x_adv = pgd(model, x, y, loss=lambda z, y: margin_ce(z, y, model.scale), **attack)
-            with frozen_eval(model), torch.no_grad():
-                predicted, attacked = (model(images).argmax(1) for images in (x, x_adv))
+            with torch.compiler.set_stance("force_eager"):  # or four more variants of the model would be compiled
+                x_adv = pgd(model, x, y, loss=lambda z, y: margin_ce(z, y, model.scale), **attack)
+                with frozen_eval(model), torch.no_grad():
+                    predicted, attacked = (model(images).argmax(1) for images in (x, x_adv))
             correct = torch.stack([predicted == y, (predicted == y) & (attacked == y)], 1)
             counts += torch.cat([correct, F.one_hot(predicted, data.num_classes)], 1).sum(0)
         model.amp = args.amp
