@@ -1,5 +1,4 @@
 """What the training scripts and eval_all.py share: data, flags, PGD, the margin loss, checkpoints and the Run.
-
 Images are float in [0, 1], (B, C, H, W), everywhere outside the model, so eps is always in pixel units (8/255, 0.031).
 """
 
@@ -61,7 +60,6 @@ def cli(main: Callable[[], None]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- ranks and seeds
-# Under torchrun each process, a rank, trains on its part of every batch; gradients are averaged over the ranks.
 
 
 def rank_and_count() -> tuple[int, int]:
@@ -72,16 +70,14 @@ def rank_and_count() -> tuple[int, int]:
 def init_distributed(device: str) -> str:
     """Join the other ranks of torchrun, if there are any; returns this rank's device. Only rank 0 prints."""
     cuda, ranks = device.startswith("cuda"), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda and ranks > 1 else device
     if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if ranks > 1 else device
         torch.cuda.set_device(torch.device(device).index or 0)
     if ranks > 1:
-        threads = max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))  # shared among the ranks
-        options = {"backend": "nccl", "device_id": torch.device(device)} if cuda else {"backend": "gloo"}
-        dist.init_process_group(**options, timeout=timedelta(hours=12))  # ranks of an evaluation may end hours apart
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        own = torch.device(device) if cuda else None  # ranks of an evaluation may end hours apart
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), device_id=own)
+        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
     return device
 
 
@@ -329,8 +325,7 @@ def device_flag(text: str) -> str:
     """An argparse type: cpu, cuda or cuda:N, if this machine has it; auto: cuda if torch sees a GPU, else cpu."""
     if text == "auto":
         if NVIDIA.exists() and not torch.cuda.is_available() and os.environ.get("LOCAL_RANK", "0") == "0":
-            advice = f"torch {torch.__version__} sees no GPU: for an older driver install a wheel for an older CUDA"
-            print(f"warning: {NVIDIA} exists, but {advice}", file=sys.stderr)
+            print(f"warning: {NVIDIA} exists, but torch sees no GPU: try a wheel for an older CUDA", file=sys.stderr)
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=text).item()
@@ -344,17 +339,6 @@ def supports_bf16(device: str) -> bool:
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
-def can_compile(device: str) -> bool:
-    """Whether torch.compile works, tried on a small function: it needs a C compiler. Warns in one line if not."""
-    try:
-        torch.compile(lambda x: (2 * x).relu())(torch.ones(9, device=device))
-        return True
-    except Exception as error:  # each part of the compiler has exceptions of its own
-        if not rank_and_count()[0]:
-            print(f"warning: without torch.compile ({' '.join(str(error).split())[:150]})", file=sys.stderr)
-        return False
 
 
 def hardware(device: str) -> str:
@@ -419,7 +403,7 @@ def training_parser(doc: str, argv: list[str] | None, overrides: dict[str, dict]
     flag("--workers", type=number(int, 0, 256), help="processes that read images from folders (default: one per core)")
     flag("--device", type=device_flag, default="auto", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     flag("--amp", action=on_off, help="bfloat16 backbone (default: on devices that have it natively)")
-    flag("--compile", action=on_off, help="torch.compile the model (default: on CUDA)")
+    flag("--compile", action=on_off, help="torch.compile the model (default: on CUDA, except for small networks)")
     flag("--sync-bn", action="store_true", help="batch norm over all ranks of torchrun (CUDA only)")
     return parser
 
@@ -443,8 +427,14 @@ def finish_args(args: argparse.Namespace, method: str) -> argparse.Namespace:
     args.method, args.device = method, init_distributed(args.device)
     args.out = args.out or f"runs/{method}-{Path(args.dataset).name.removesuffix('.npz')}-s{args.seed}"
     args.amp = supports_bf16(args.device) if args.amp is None else args.amp
-    usual = args.device.startswith("cuda") and "res" in args.arch.replace("wrn", "res")  # small networks gain little
-    args.compile = (usual if args.compile is None else args.compile) and can_compile(args.device)
+    small = args.arch.startswith(("small_cnn", "dsphere", "alexnet"))  # too short for a compiler to gain much
+    usual = args.device.startswith("cuda") and not small
+    args.compile = usual if args.compile is None else args.compile
+    try:
+        torch.compile(lambda x: (2 * x).relu(), disable=not args.compile)(torch.ones(9, device=args.device))
+    except Exception as error:  # it needs a C compiler; each part of it has exceptions of its own
+        args.compile = False
+        print(f"warning: no torch.compile ({' '.join(str(error).split())[:200]})", file=sys.stderr)
     _, ranks = rank_and_count()
     if args.batch_size % ranks or args.batch_size == ranks:
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of {ranks} ranks, at least 2 images each")
@@ -461,30 +451,21 @@ def margin_ce(logits: Tensor, y: Tensor, scale: float = 1.0, margin: float = 0.0
 
 
 @contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """No parameter takes a gradient meanwhile: an attack would compute those of all weights and throw them away."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
+def frozen_eval(model: torch.nn.Module, keep_mode: bool = False) -> Iterator[None]:
+    """Frozen parameters and, unless keep_mode, eval mode: an attack changes no batch statistic and computes no gradient
+    of the weights (a compiled backward pass would, also of autograd.grad)."""
+    kept = [(module, "training", module.training) for module in model.modules() if hasattr(module, "training")]
+    kept += [(p, "requires_grad", p.requires_grad) for p in model.parameters()]
+    if not keep_mode:
+        with suppress(NotImplementedError):  # of an exported program, which has no modes
+            model.eval()
     try:
+        for p in model.parameters():
+            p.requires_grad_(False)
         yield
     finally:
-        for p in trained:
-            p.requires_grad_(True)
-
-
-@contextmanager
-def frozen_eval(model: torch.nn.Module) -> Iterator[None]:
-    """frozen, and eval mode: an attack changes no batch statistic."""
-    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # may be mixed
-    with suppress(NotImplementedError):  # of an exported program, which has no modes
-        model.eval()
-    try:
-        with frozen(model):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        for each, name, value in kept:
+            setattr(each, name, value)
 
 
 def norms(delta: Tensor, norm: str) -> Tensor:
@@ -527,7 +508,6 @@ def pgd(
     model, x, y, *, loss, eps: float, step_size: float, steps, norm="linf", start=None, momentum=0.0, early_stop=False
 ) -> Tensor:
     """Projected gradient ascent on loss(logits, y) in the Linf or L2 ball (Madry et al. 2018; HE, Eq. 18 to 20).
-
     x and x_adv are (B, C, H, W) in [0, 1], y (B,); eps and step_size in pixel units. loss gives (B,) or its mean. By
     default `start` is uniform in the ball; momentum > 0 is MIM's. The model is in eval mode and frozen meanwhile. With
     early_stop an image is moved no further once it is misclassified: fewer passes, and the best of all steps."""
@@ -565,12 +545,9 @@ def write_file(content: bytes, path: Path) -> None:
 
 
 def save(content: dict, *paths: Path) -> None:
-    """torch.save, through write_file, to each path."""
-
-    def plain(value: object) -> object:  # weights_only reads no numbers of numpy and no paths
-        return value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
-
-    torch.save(tree_map(plain, content), buffer := io.BytesIO())
+    """torch.save, through write_file, to each path; numbers of numpy and paths as weights_only reads them."""
+    plain = tree_map(lambda v: v.item() if isinstance(v, np.generic) else str(v) if isinstance(v, Path) else v, content)
+    torch.save(plain, buffer := io.BytesIO())
     for path in paths:
         write_file(buffer.getbuffer(), path)
 
@@ -593,8 +570,7 @@ def read_file(path: Path) -> dict:
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[models.Classifier, dict]:
-    """The model in a run's file or directory, in eval mode, and what the file says besides tensors. Raises UserError
-    for a damaged file and for one from elsewhere, which eval_all.load_published reads."""
+    """The model in a run's file or directory, in eval mode, and what else the file says. Raises UserError."""
     path = checkpoint_file(path)
     content = read_file(path)
     if content.get("format") not in FORMATS:
@@ -643,14 +619,12 @@ def build_model(args: argparse.Namespace, data: Data, **options: object) -> mode
 
 class Run:
     """What every training loop needs around it: device, batches, optimizer, schedule, log, checkpoints, resume.
-
     `criterion` is a loss with parameters, trained and saved beside the model. With `replays` each batch comes that many
     times in a row (FreeAT). `natural`: no adversarial images are trained on, and best.pt is the epoch of the best clean
-    held-out accuracy, else of PGD's. A script may set run.optimizer before epochs(); each of its groups has a rate of
-    its own. With --ema a checkpoint's model is the average; the trained weights are there too. The random numbers of a
-    batch follow from (seed, epoch, batch, rank): a resumed run ends bit for bit as an uninterrupted one (on a CPU).
-    SIGTERM and Ctrl-C save the place in the epoch, with run.carry, the tensors that a script hands from batch to batch;
-    SIGKILL, or a signal to one of several ranks, costs the epoch."""
+    held-out accuracy, else of PGD's. A script may set run.optimizer before epochs(). With --ema a checkpoint's model is
+    the average. The random numbers of a batch follow from (seed, epoch, batch, rank): a resumed run ends bit for bit as
+    an uninterrupted one (on a CPU). SIGTERM and Ctrl-C save the place in the epoch, with run.carry, the tensors that a
+    script hands from batch to batch; SIGKILL, or a signal to one of several ranks, costs the epoch."""
 
     def __init__(self, args, model: models.Classifier, data: Data, criterion=None, replays=1, natural=False):
         self.args, self.data, self.out, self.replays, self.natural = args, data, Path(args.out), replays, natural
@@ -671,11 +645,10 @@ class Run:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
             self.evaluated = self.average.module
         if args.compile:
-            torch._dynamo.config.recompile_limit = 32  # training, attack and held-out batches of several sizes
             self.model.compile()
         parameters = [*dict.fromkeys([*model.parameters(), *self.criterion.parameters()])]  # it may hold the model
-        fused = args.device.startswith("cuda") or None
-        self.optimizer = OPTIMIZERS[args.optimizer](parameters, args.lr, weight_decay=args.weight_decay, fused=fused)
+        options = dict(weight_decay=args.weight_decay, fused=args.device.startswith("cuda") or None)
+        self.optimizer = OPTIMIZERS[args.optimizer](parameters, args.lr, **options)
         self.epoch, self.iteration, self.history, self.signal, self.begun, self.resumed = 0, 0, [], None, {}, {}
         self.selection_metric = itemgetter(*("val_clean", "val_robust") if natural else ("val_robust", "val_clean"))
         if held := [path for path in (self.out / "last.pt", self.out / "best.pt") if path.exists()]:
@@ -688,10 +661,9 @@ class Run:
             data.x_train.workers = args.workers
         else:  # small images live on the device
             self.x = (F.pad(data.x_train, [4] * 4) if args.augment else data.x_train).to(args.device)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{args.method} on {data.name} ({data.source}); {args.arch}, {size:.2f} M parameters, on {args.device}")
         counts = f"{len(data.train)} training and {len(data.val)} held-out images of {data.num_classes} classes"
-        print(f"{counts}; eps {args.eps:.4g}; writing to {self.out}")
+        print(f"{args.method} on {data.name} ({data.source}): {counts}")
+        print(f"{args.arch} on {args.device}, eps {args.eps:.4g}; writing to {self.out}")
 
     def _resume(self, last: Path) -> None:
         if not self.args.resume:
@@ -767,8 +739,7 @@ class Run:
         print(f"evaluate it with\npython eval_all.py {self.out}")
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch of shuffled x (B, C, H, W) in [0, 1] and y (B,) on the device, B this rank's part of --batch-size; a
-        last, smaller batch is dropped. Exits after a signal."""
+        """An epoch of shuffled x (B, C, H, W) in [0, 1] and y (B,), B this rank's part of --batch-size, never less."""
         args, data, device, begun = self.args, self.data, self.args.device, self.begun
         seed = derive_seed(args.seed, self.epoch)  # the order is the same on all ranks
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))

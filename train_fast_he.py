@@ -38,7 +38,7 @@ OVERRIDES = {
 def fast_step(model, x, y, scale, eps, step_size):
     """One sign step from a uniform point of the ball, cut back to the ball and to [0, 1] (Wong et al. 2020, Alg. 3)."""
     start = common.random_start(x, eps, "linf").requires_grad_()
-    with common.frozen(model):
+    with common.frozen_eval(model, keep_mode=True):
         (grad,) = torch.autograd.grad(common.margin_ce(model(start), y, scale), start)
     return (start + step_size * grad.sign()).clamp(x - eps, x + eps).clamp(0, 1).detach()
 
