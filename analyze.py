@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"give at least one of --{', --'.join(ANALYSES)}")
     if args.geodesic and args.norm != "linf":
         parser.error("--geodesic: its adaptive attack is for the Linf ball only")
-    eval_all.disable_tf32()
+    eval_all.allow_tf32(False)
     found, _, args.data, rows = eval_all.load_models_and_data(args)
     x, y = common.images_at(args.data.x_test, rows, args.device), args.data.y_test[rows].to(args.device)
     args.eps = eval_all.Settings(args.eps, args.norm, args.data.known).eps

@@ -169,7 +169,7 @@ def bench_switches(args: argparse.Namespace, data: common.Data) -> list[dict]:
 
 def bench_attacks(args: argparse.Namespace, data: common.Data) -> list[dict]:
     """PGD-20 over the reference, on images that it does not fool: the slowest case."""
-    eval_all.disable_tf32()
+    eval_all.allow_tf32(False)
     x = common.images_at(data.x_train, torch.arange(args.batch_size), args.device)
     model, plain = (common.build_model(args, data).to(args.device).eval() for _ in range(2))
     model.to(memory_format=torch.channels_last)
@@ -190,7 +190,7 @@ def bench_attacks(args: argparse.Namespace, data: common.Data) -> list[dict]:
 
 def bench_layers(args: argparse.Namespace, data: common.Data) -> list[dict]:
     """SphereConv2d over nn.Conv2d, forward and backward: 3x3, 64 to 128 channels, 28 pixels, batch 64."""
-    eval_all.disable_tf32()
+    eval_all.allow_tf32(False)
     sphere_layer = partial(models.SphereConv2d, 64, 128, 3, padding=1, manifold="sphere")
     layers = {name: sphere_layer(correlation=name) for name in models.CORRELATIONS}
     layers["plain"] = nn.Conv2d(64, 128, 3, padding=1, bias=False)

@@ -8,7 +8,6 @@
     torchrun --nproc_per_node=8 eval_all.py runs/A --attacks autoattack    # the ranks share the batches
 
 In a notebook, for any nn.Module that maps images in [0, 1] to logits:
-
     x_adv = ATTACKS["pgd-20"](model, x, y, eps=8 / 255)
     result = evaluate(model, x, y, attacks="quick,autoattack", eps=8 / 255)
 
@@ -131,8 +130,7 @@ def mta(model, x, y, **budget):
 def feature(model, x, y, *, eps, step_size, steps, images=100, **_):
     """Feature attack (Lin et al. 2019): from a random start towards the features, in cosine, of another class. Up to
     `images` random images of the batch are tried. If it has one class only, away from the image's own features."""
-    z = model.features(x)
-    x_adv, remaining = x.clone(), torch.arange(len(x), device=x.device)
+    z, x_adv, remaining = model.features(x), x.clone(), torch.arange(len(x), device=x.device)
     for _attempt in range(images):
         others = y != y[remaining, None]
         aim = (torch.rand(others.shape, device=x.device) * others).argmax(1)
@@ -211,7 +209,6 @@ def cw_l2(model, x, y, *, steps=1000, lr=0.01, searches=9, **_):
 
 
 # ----------------------------------------------------------------------------------------------- black-box attacks
-# They see logits only; RayS sees labels only. A query is one forward pass of one image. Misclassified images stop.
 
 PROBES = 256  # images per forward pass of the gradient estimates, if the batch is smaller than half of it
 
@@ -378,7 +375,6 @@ class Attack:
     minimal: bool = False  # looks for the nearest adversarial image, which may lie outside the ball
     bfloat16: bool = False  # what --amp may run in bfloat16; the others need exact logits to know when to stop
     needs: str = "gradients"  # of the model; also "features" (x -> (B, d)), "fc" (linear), "four classes"; "": nothing
-    source: str = ""  # of a transfer attack: the fingerprint of the model that it is crafted on
 
     @torch.inference_mode(mode=False)  # gradients, also where the caller switched them off
     def __call__(self, model, x, y, *, eps: float, norm: str | None = None, step_size: float | None = None) -> Tensor:
@@ -412,7 +408,9 @@ class Attack:
 
 
 def code_parts(value: object, depth: int = 5) -> list:
-    """A value; of a function its source, and the parts of what it is called with or closes over. No addresses."""
+    """A value; of a model its weights; of a function its source, and the parts of its keywords and closure."""
+    if isinstance(value, nn.Module):
+        return [fingerprint(*value.state_dict().values(), getattr(value, "options", value), code_of(value))]
     if not callable(value):
         return [value]
     keywords = getattr(value, "keywords", {})
@@ -492,6 +490,7 @@ class Settings:
     seed: int = 0
     amp: bool = False
     eot: int = 1  # draws of a random model
+    exact: bool = False  # no TF32 in crafting either
 
     def __post_init__(self):
         if self.eps is None:
@@ -547,8 +546,7 @@ def preset_eps(text: str, targets: list[Model], dataset: str | None) -> float | 
 
 
 def select_attacks(text: str, targets: list[Model], settings: Settings, image: Tensor) -> dict[str, Attack]:
-    """The attacks of --attacks, names and presets separated by commas, after clean. An attack that does not fit the
-    norm or a model is skipped in a preset, with a message, and raises UserError if it was named."""
+    """The attacks of --attacks after clean. One that does not fit is skipped in a preset, and an error if named."""
     attacks = {"clean": ATTACKS["clean"]}
     presets = PRESETS | {"paper": " ".join(PRESETS[paper_preset(model, settings.dataset)] for model in targets)}
     for part in map(str.strip, text.split(",")):
@@ -573,9 +571,8 @@ def transfer_attacks(sources: list[Model], image: Tensor) -> dict[str, Attack]:
     for (source, net, _), name in itertools.product(sources, ("fgsm", "mim-20", "pgd-20")):
         if not has_gradient(net, image):
             raise common.UserError(f"--source {source}: no gradient reaches the image")
-        key = fingerprint(*net.state_dict().values(), getattr(net, "options", net), code_of(net))
         run = partial(transferred, source=net, attack=ATTACKS[name].run)
-        attacks[f"{name} from {source}"] = replace(ATTACKS[name], run=run, source=key, needs="")
+        attacks[f"{name} from {source}"] = replace(ATTACKS[name], run=run, needs="")
     return attacks
 
 
@@ -639,9 +636,9 @@ class Observed(nn.Module):
         return torch.where(logits.isfinite().all(2), logits.argmax(2), -1)
 
 
-def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """The predicted classes (B,) in float32; -1, never correct, where a logit is not finite."""
-    return Observed(model, x).votes(x)[0]
+def predict(model: nn.Module, x: Tensor, eot: int = 1) -> Tensor:
+    """The predicted classes (B,) of most draws in float32; -1, never correct, where a logit is not finite."""
+    return Observed(model, x, eot=eot).votes(x).mode(0).values
 
 
 def has_gradient(model: nn.Module, image: Tensor) -> bool:
@@ -658,11 +655,13 @@ def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tens
     `prediction` of most draws, `correct` within the ball, `share` of draws that are, `nonfinite`, `distance` or inf."""
     (norm, eps), start = settings.ball(attack), time.perf_counter()
     observed = Observed(model, x, settings.amp and attack.bfloat16, settings.eot)
+    allow_tf32(bool(attack.needs) and not settings.exact)  # finite differences need exact logits
     try:
         x_adv = attack(observed, x.clone(), y.clone(), eps=eps, norm=norm, step_size=settings.step_size_for(attack))
     except Exception as error:
         error.add_note(f"in attack {name}")
         raise
+    allow_tf32(False)
     if x_adv.shape != x.shape:
         raise RuntimeError(f"attack {name} returned {tuple(x_adv.shape)} for images {tuple(x.shape)}")
     broken = ~x_adv.flatten(1).isfinite().all(1)
@@ -777,7 +776,9 @@ def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Set
     """Raises UserError for what evaluate() cannot take."""
     widest = 1.0 if settings.norm == "linf" else math.sqrt(x[0].numel())
     if x.dtype != torch.uint8 and (x.dtype != torch.float32 or not 0 <= x.min() <= x.max() <= 1):
-        raise common.UserError(f"images {x.dtype} up to {float(x.max()):g}; needed: uint8, or float32 in [0, 1]")
+        raise common.UserError(
+            f"images {x.dtype} up to {float(x.max()):g}; needed: a uint8 or float32 tensor in [0, 1]"
+        )
     if y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y) or y.min() < 0:
         raise common.UserError(f"labels {y.dtype} {tuple(y.shape)}; needed: int64 from 0 for each of {len(x)} images")
     if settings.eps > widest:
@@ -798,7 +799,7 @@ def evaluate(
     the images' numbers in their test set, and with save_adversarial x_adv. A second call continues and adds."""
     settings = Settings(**options)
     check_inputs(x, y, {} if isinstance(attacks, str) else attacks, settings, keeps=folder or not save_adversarial)
-    disable_tf32()
+    allow_tf32(False)
     temporary = tempfile.TemporaryDirectory()  # is deleted with this variable
     folder, weights = Path(folder or temporary.name), fingerprint(*model.state_dict().values())
     few = torch.linspace(0, len(y) - 1, min(200, len(y))).round().long()  # a test set may be sorted by class
@@ -839,7 +840,6 @@ def evaluate(
 
 
 # ------------------------------------------------------------------------------------------------------- the audit
-# Two attacks differ where McNemar's exact one-sided test gives p < 0.01 / comparisons (see Carlini et al. 2019).
 
 ALL, ON_CE = "all figures", "the attacks on the cross-entropy: fgsm, bim, mim, pgd, apgd-ce"
 GRADIENTS = "all attacks that use gradients: not square, spsa, nes, zoo, rays"
@@ -848,7 +848,7 @@ MARKS = {"same image, same logits": "RANDOM", "same logits in other batches": "B
 
 
 def mcnemar_p(more: Tensor, fewer: Tensor) -> float:
-    """The probability, were two attacks equally strong, of so many more correct images (N,) under the first."""
+    """Exact and one-sided: the probability, were two attacks equally strong, of so many more correct (N,) under one."""
     gained, lost = int((more & ~fewer).sum()), int((fewer & ~more).sum())
     return float(binomtest(gained, gained + lost, alternative="greater").pvalue) if gained + lost else 1.0
 
@@ -862,6 +862,7 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> l
         alone = torch.cat([*(observed(image) for image in few[:3].split(1)), first[3:]])
     changes = [float((other - first).abs().max() / first.abs().max()) for other in (again, reverse, alone)]
     random, batch, moved = changes[0], max(changes[1:]), float((passed - x[:2]).abs().max())
+    steady, alike = random < 1e-4 or settings.eot > 1, batch < max(1e-4, 3 * random)
     flows = has_gradient(observed, x[:1])
     for images, labels in zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True):
         images = images.clone().requires_grad_(flows)
@@ -877,8 +878,8 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> l
     zero = 100 * float((torch.cat(gradients).flatten(1).abs().amax(1) == 0).float().mean())  # or not finite
     return [
         Check("clean accuracy is above chance", p < 0.01, f"{k} of {len(y)}", "binomial p >= 0.01", ALL),
-        Check("same image, same logits", random < 1e-4 or settings.eot > 1, f"change {random:.1e}", "> 1e-4", ALL),
-        Check("same logits in other batches", batch < max(1e-4, 3 * random), f"change {batch:.1e}", "> 1e-4", ALL),
+        Check("same image, same logits", steady, f"change {random:.1e}", "> 1e-4 without --eot", ALL),
+        Check("same logits in other batches", alike, f"change {batch:.1e}", "> 1e-4: batch statistics?", ALL),
         Check("images are left as they are", not moved, f"changed by {moved:.2g}", "> 0", "none: a pass gets a copy"),
         Check("AutoAttack's checks of the model", not said, "; ".join(said) or "none fires", "one fires", ALL),
         Check("gradients reach the images", zero <= 1, f"{zero:.1f} % have none", "> 1 %", GRADIENTS),
@@ -899,7 +900,8 @@ def run_audit(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, parts:
     attacks |= {"CW": ATTACKS["cw-inf"], apgd: ATTACKS[apgd], "Square, 1,000 queries": square}
     tried = [(name, attack, settings.eps) for name, attack in attacks.items()]
     tried += [(f"PGD-20 at {factor} x eps", pgd_20, factor * settings.eps) for factor in (0.5, 1, 1.5, 2)]
-    clean, correct = torch.cat([predict(model, part) for part in x.split(settings.batch_size)]).eq(y).cpu(), {}
+    predicted = torch.cat([predict(model, part, settings.eot) for part in x.split(settings.batch_size)])
+    clean, correct = predicted.eq(y).cpu(), {}
     for name, attack, eps in [*tried, ("PGD-100, no bound", pgd_100, wide)]:
         ball = replace(settings, eps=eps, restarts=1, step_size=None)
         correct[name] = run_attack(f"audit: {name}", attack, model, x, y, clean, ball, parts)["correct"]
@@ -1010,8 +1012,8 @@ def published_options(args: argparse.Namespace) -> dict:
     data = common.load_data(args.dataset, args.data_dir or "data")
     scale, margin = {"linear": (1.0, 0.0), "he": (15.0, 0.2), "mhe": (15.0, 0.1)}[args.head]
     options = {"arch": args.arch, "head": args.head, "in_channels": data.in_channels, "image_size": data.image_size}
-    options["scale"] = scale if args.scale is None else args.scale
-    options["margin"] = margin if args.margin is None else args.margin
+    own = {"scale": args.scale, "margin": args.margin}
+    options |= {"scale": scale, "margin": margin} | {key: value for key, value in own.items() if value is not None}
     published_he = data.known == "cifar10" and args.head != "linear"  # they normalize in the network
     if args.normalize or (published_he and args.normalize is None):
         options |= {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2471, 0.2435, 0.2616]}
@@ -1052,10 +1054,10 @@ def check_fit(model: Model, data: common.Data, device: str) -> None:
         raise common.UserError(f"{model.name} returned {got} for two images; needed: {needed}")
 
 
-def disable_tf32() -> None:
-    """Verdicts are exact float32, also where a user's model switched TF32 on."""
+def allow_tf32(on: bool) -> None:
+    """TF32 in convolutions on CUDA, torch's own default; else exact float32, also where a user's model is not."""
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = on, False  # shapes change as images fall out
 
 
 # ---------------------------------------------------------------------------------------------------------- output
@@ -1162,7 +1164,7 @@ def shared_parser(doc: str) -> common.Parser:
     flag("--num-images", type=number(int, 1), metavar="N", help="test images, a fixed random choice (default: all)")
     flag("--norm", choices=("linf", "l2"), default="linf", help="of the ball (default: linf)")
     flag("--eps", type=number(float, 0), help="in pixel units (default: the papers': mnist 0.3, cifar 0.031)")
-    flag("--batch-size", type=number(int, 1), default=250, help="(default: 250)")
+    flag("--batch-size", type=number(int, 1), help="(default: 250, on CUDA 500)")
     flag("--seed", type=number(int, 0, 2**31), default=0, help="(default: 0)")
     flag("--device", type=common.device_flag, default="auto", help="(default: cuda if there is a GPU)")
     flag("--out", help="(default: a folder beside the checkpoint; for several models, here)")
@@ -1184,6 +1186,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--restarts", type=number(int, 1), default=1, help="of attacks with a random start (default: 1)")
     flag("--save-adversarial", action="store_true", help="keep the attacked images of each attack, as .npz")
     flag("--eot", type=number(int, 1), default=1, metavar="N", help="of a random model: average and vote over N draws")
+    flag("--exact", action="store_true", help="craft in exact float32 on CUDA too (default: TF32 convolutions)")
     flag("--amp", action="store_true", help="craft in bfloat16, perhaps weaker; verdicts stay in float32")
     args = parser.parse_args(argv)
     named = {name.strip() for name in args.attacks.split(",")}
@@ -1199,6 +1202,7 @@ def load_models_and_data(args: argparse.Namespace) -> tuple[list[Model], list[Mo
     folders = {m.meta["args"]["dataset"]: m.meta["args"]["data_dir"] for m in found + sources if "args" in m.meta}
     if not args.dataset and len(folders) != 1:
         raise common.UserError(f"which dataset? ({', '.join(folders) or 'no model says which'}): give --dataset")
+    args.batch_size = args.batch_size or (500 if args.device.startswith("cuda") else 250)
     dataset = args.dataset or next(iter(folders))
     data = common.load_data(dataset, args.data_dir or folders.get(dataset, "data"))
     for model in found + sources:
