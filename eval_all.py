@@ -21,7 +21,6 @@ import argparse
 import csv
 import hashlib
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -38,6 +37,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import CodeType, ModuleType
 
 import common
 import models
@@ -69,11 +69,6 @@ def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
     """max over j != y of Z_j, minus Z_y, (B,): positive where the image is misclassified (HE, Sec. B.2)."""
     true = logits.gather(1, y[:, None]).squeeze(1)
     return logits.scatter(1, y[:, None], -math.inf).amax(1) - true
-
-
-def noise(model, x, y, *, eps, norm="linf", **_):
-    """Uniform noise in the ball. No attack should be weaker."""
-    return common.random_start(x, eps, norm)
 
 
 def fgsm(model, x, y, *, eps, norm="linf", loss=cross_entropy, **_):
@@ -180,9 +175,8 @@ def deepfool(model, x, y, *, norm="linf", steps, overshoot=0.02, candidates=10, 
 
 
 def cw_l2(model, x, y, *, steps=1000, lr=0.01, searches=9, **_):
-    """Carlini & Wagner 2017, L2: Adam on ||x' - x||^2 + c * max(-margin, 0) over w, x' = (1 + tanh(w)) / 2. c is
-    searched for each image: from 0.001, ten times larger until it is misclassified, then by bisection. Returns the
-    nearest misclassified image, or x. A search ends early if the batch's loss no longer falls."""
+    """Carlini & Wagner 2017, L2: Adam on ||x' - x||^2 + c * max(-margin, 0) over w, x' = (1 + tanh(w)) / 2. c grows
+    tenfold from 0.001 until x' is misclassified, then by bisection; a search ends if the batch's loss stops falling."""
     c, low, high = (x.new_full((len(x),), value) for value in (1e-3, 0.0, math.inf))
     x_adv, nearest = x.clone(), x.new_full((len(x),), math.inf)
     for _ in range(searches):
@@ -214,8 +208,7 @@ PROBES = 256  # images per forward pass of the gradient estimates, if the batch 
 
 
 def directional_slopes(model, x, y, directions, sigma):
-    """The margin's slope along each of n directions (n, B, C, H, W), (n, B), by central differences: 2 n queries.
-    Float32 rounds logits near 10 by about 1e-6, so a slope is off by about 1e-6 / sigma."""
+    """The margin's slope along n directions (n, B, C, H, W), (n, B): 2 n queries, rounding error about 1e-6 / sigma."""
     step = sigma * directions
     probes = torch.stack([x + step, x - step]).flatten(0, 2)
     margin = cw_margin(model(probes), y.repeat(2 * len(directions))).view(2, *directions.shape[:2])
@@ -315,16 +308,18 @@ def rays(model, x, y, *, eps, queries=10_000, **_):
 def transferred(model, x, y, *, source, attack, **budget):
     """`attack` on the training cross-entropy of another model, `source` (HE, App. C.4), without early stop: an image
     that has just fooled the source may not transfer yet. `model` is not used."""
-    return attack(Observed(source, x), x, y, loss=training_loss(source), early_stop=False, **budget)
+    observed = Observed(source, x, eot=model.eot)
+    x_adv = attack(observed, x, y, loss=training_loss(source), early_stop=False, **budget)
+    model.nonfinite, model.said = model.nonfinite | observed.nonfinite, model.said | observed.said
+    return x_adv
 
 
 STANDARD, RAND = ("apgd-ce", "apgd-t", "fab-t", "square"), ("apgd-ce", "apgd-dlr")
 
 
 def autoattack(model, x, y, *, eps, norm="linf", parts=STANDARD, queries=5000, fab_steps=100, **_):
-    """AutoAttack (Croce & Hein 2020), standard version, or some of its parts, by the authors' package pyautoattack.
-    With --eot it is their version `rand`, on the mean logits. APGD-T and FAB-T aim at 9 classes, or at all K - 1. The
-    DLR loss needs 3 classes, APGD-T's 4: with fewer `autoattack` leaves the part out and says so."""
+    """AutoAttack (Croce & Hein 2020), standard version, or some of its parts, by the authors' package; with --eot its
+    version `rand`, on the mean logits. The DLR loss needs 3 classes, APGD-T's 4: with fewer the part is left out."""
     model = model if isinstance(model, Observed) else Observed(model, x)
     classes, parts = model(x[:1]).shape[1], RAND if parts == STANDARD and model.eot > 1 else parts
     fit = [part for part in parts if {"apgd-t": 4, "apgd-dlr": 3}.get(part, 0) <= classes]
@@ -407,23 +402,25 @@ class Attack:
         return fingerprint(replace(self, run=None), code_parts(self.run))
 
 
-def code_parts(value: object, depth: int = 5) -> list:
-    """A value; of a model its weights; of a function its source, and the parts of its keywords and closure."""
-    if isinstance(value, nn.Module):
-        return [fingerprint(*value.state_dict().values(), getattr(value, "options", value), code_of(value))]
-    if not callable(value):
-        return [value]
-    keywords = getattr(value, "keywords", {})
-    inside = [getattr(value, "func", None), *getattr(value, "args", ()), *keywords.values()]
-    inside += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-    with suppress(OSError, TypeError):  # typed into a console
-        inside.append(inspect.getsource(value))
-    return [*keywords, *(code_parts(each, depth - 1) for each in inside if depth)]
+def code_parts(value: object, depth: int = 8) -> list:
+    """What tells a function or object from another: code, defaults, closure, attributes, tensors. No addresses."""
+    if isinstance(value, Tensor | nn.Module):
+        return [fingerprint(*([value] if isinstance(value, Tensor) else state_of(value)))]
+    value = [value.co_code, value.co_names, value.co_consts] if isinstance(value, CodeType) else value
+    value = [*value.items()] if isinstance(value, dict) else value
+    if isinstance(value, list | tuple):
+        return [code_parts(each, depth - 1) for each in value if depth > 0]
+    if isinstance(value, ModuleType | type) or not hasattr(value, "__dict__"):
+        return [re.sub(r" at 0x\w+", "", repr(value))]
+    names = "func args keywords __func__ __self__ __defaults__ __kwdefaults__ __code__ __dict__".split()
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    inside = [getattr(value, name, None) for name in names] + [vars(type(value)).get("__call__"), *cells]
+    return code_parts(inside, depth - 1)
 
 
 ATTACKS = {
     "clean": Attack(lambda model, x, y, **_: x, needs=""),
-    "noise": Attack(noise, random_start=True, needs=""),
+    "noise": Attack(lambda model, x, y, eps, norm, **_: common.random_start(x, eps, norm), random_start=True, needs=""),
     "fgsm": Attack(fgsm, bfloat16=True),
     "fgsm-l2": Attack(fgsm, norms=("l2",), bfloat16=True),
     "bim-20": Attack(bim, steps=20, bfloat16=True),
@@ -461,10 +458,9 @@ PRESETS = {
     "abcl": "bim-20 fgsm-l2",  # Appendix
     "all": " ".join(ATTACKS),
 }
-PAPER = {"angular": "angular_at", "dsphere": "dsphere", "cnn": "dsphere", "abcl": "abcl"}  # by method; else "he"
-PAPER |= {"weightpen": "weightpen", "mart": "weightpen", "mmc": "weightpen"}
-PAPER |= {("weightpen", "mnist"): "weightpen-mnist", ("he", "imagenet"): "he-imagenet"}
-PAPER |= {(method, "cifar10"): "he-fast" for method in ("fast", "free")}
+PAPER = {"angular": "angular_at", "dsphere": "dsphere", "cnn": "dsphere", "abcl": "abcl", "mart": "weightpen"}
+PAPER |= {"weightpen": "weightpen", "mmc": "weightpen", ("weightpen", "mnist"): "weightpen-mnist"}  # else "he"
+PAPER |= {("he", "imagenet"): "he-imagenet", ("fast", "cifar10"): "he-fast", ("free", "cifar10"): "he-fast"}
 PRESET_EPS = {(preset, dataset): 8 / 255 for preset in ("dsphere", "weightpen") for dataset in ("cifar10", "cifar100")}
 PRESET_EPS |= {("he-fast", "cifar10"): 8 / 255}
 DEFAULTS = {  # Linf eps and step size, L2 eps, of the papers' evaluations; those of digits are ours
@@ -565,12 +561,10 @@ def select_attacks(text: str, targets: list[Model], settings: Settings, image: T
     return attacks
 
 
-def transfer_attacks(sources: list[Model], image: Tensor) -> dict[str, Attack]:
-    """FGSM, MIM-20 and PGD-20 from each source. Raises UserError if one has no gradients."""
+def transfer_attacks(sources: list[Model]) -> dict[str, Attack]:
+    """FGSM, MIM-20 and PGD-20 from each source."""
     attacks = {}
     for (source, net, _), name in itertools.product(sources, ("fgsm", "mim-20", "pgd-20")):
-        if not has_gradient(net, image):
-            raise common.UserError(f"--source {source}: no gradient reaches the image")
         run = partial(transferred, source=net, attack=ATTACKS[name].run)
         attacks[f"{name} from {source}"] = replace(ATTACKS[name], run=run, needs="")
     return attacks
@@ -593,8 +587,7 @@ class Observed(nn.Module):
         self.exact = not amp and eot == 1  # or else a misclassification does not tell when to stop
         self.queries, self.nonfinite, self.said = 0, torch.zeros(len(x), dtype=torch.bool, device=x.device), set()
         self.__dict__ |= {name: getattr(model, name) for name in ("fc", "scale", "margin") if hasattr(model, name)}
-        if hasattr(model, "features"):
-            self.features = partial(self.forward, call=model.features)
+        self.__dict__ |= {"features": partial(self.forward, call=model.features)} if hasattr(model, "features") else {}
         cuda = [torch.cuda.default_generators[x.device.index]] if x.is_cuda else []
         self.generators, seed = [torch.default_generator, *cuda], torch.initial_seed() + 1
         self.states = [torch.Generator(g.device).manual_seed(seed).get_state() for g in self.generators]
@@ -644,7 +637,7 @@ def predict(model: nn.Module, x: Tensor, eot: int = 1) -> Tensor:
 def has_gradient(model: nn.Module, image: Tensor) -> bool:
     """Whether a gradient, be it 0, flows from the logits to the image."""
     image = image.repeat(2, 1, 1, 1).requires_grad_()  # two, for batch norm by the statistics of a batch
-    with common.frozen_eval(model), suppress(NotImplementedError):  # of an operator without a derivative
+    with common.frozen_eval(model), suppress(RuntimeError):  # no derivative, or numpy()
         logits = (model.model if isinstance(model, Observed) else model)(image.clone())
         return logits.requires_grad and torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is not None
     return False
@@ -682,9 +675,8 @@ def attack_batch(name: str, attack: Attack, model: nn.Module, x: Tensor, y: Tens
 
 
 def run_attack(name, attack: Attack, model, x: Tensor, y, correct, settings: Settings, parts: Path, keep=False) -> dict:
-    """attack_batch's verdicts on all N images, with `keep` also its x_adv. Attacked are those `correct` clean (N,), in
-    a restart those that still are, in shuffled batches, so that each has all classes. Each batch is saved in a file: so
-    the ranks exchange their results. Its random numbers follow from the seed, the attack's name and its number."""
+    """attack_batch's verdicts on all N images, with `keep` also x_adv. Attacked are those `correct` so far (N,), in
+    shuffled batches with all classes. Each is saved in a file: so ranks exchange results and stopped runs continue."""
     rank, count = common.rank_and_count()
     result = {"correct": correct.clone(), "prediction": y.cpu().clone(), "distance": torch.full(y.shape, math.inf)}
     result |= {"nonfinite": torch.zeros_like(correct), "share": correct.float(), "queries": 0, "seconds": 0, "said": []}
@@ -732,11 +724,13 @@ def fingerprint(*items: object) -> str:
     return digest.hexdigest()[:12]
 
 
-def code_of(model: nn.Module) -> list[bytes]:
-    """What our modules and the user's files for the model hold: other code may give other verdicts."""
-    own = getattr(sys.modules.get(type(model).__module__), "__file__", None), *getattr(model, "source_files", ())
-    files = {common.__file__, models.__file__, __file__, *filter(None, own)}
-    return [Path(file).read_bytes() for file in sorted(files)]
+def state_of(model: nn.Module) -> list:
+    """Weights, options, plain attributes and the code of all modules: what differs may give other verdicts."""
+    own = {getattr(sys.modules.get(type(module).__module__), "__file__", None) for module in model.modules()}
+    files = {common.__file__, models.__file__, __file__, *filter(None, own), *getattr(model, "source_files", ())}
+    plain = [[item for item in vars(m).items() if isinstance(item[1], int | float | str)] for m in model.modules()]
+    code = [Path(file).read_bytes() for file in sorted(files)]
+    return [*model.state_dict().values(), getattr(model, "options", model), plain, code]
 
 
 def accuracy(correct: Tensor | np.ndarray) -> dict:
@@ -782,8 +776,7 @@ def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Set
     if y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y) or y.min() < 0:
         raise common.UserError(f"labels {y.dtype} {tuple(y.shape)}; needed: int64 from 0 for each of {len(x)} images")
     if settings.eps > widest:
-        far = f"no two images in [0, 1] are more than {widest:.4g} apart"
-        raise common.UserError(f"eps {settings.eps:g}, but {far}: give it in pixel units, such as 8/255")
+        raise common.UserError(f"eps {settings.eps:g} is above {widest:.4g}: give it in pixel units, such as 8/255")
     if attacks.keys() & RESERVED or attacks.get("clean", ATTACKS["clean"]) != ATTACKS["clean"] or not keeps:
         raise common.UserError("an attack has the name of a result, or save_adversarial has no folder")
 
@@ -794,9 +787,9 @@ def evaluate(
 ) -> dict:
     """Run attacks on a model, any nn.Module from images in [0, 1] to logits (B, K), on the device of y (N,).
     x is (N, C, H, W), uint8 or float in [0, 1]; `attacks` as in --attacks or {name: Attack}; options as in Settings.
-    Returns settings, `about`, `attacks` {name: row} with accuracies in %, their 95 % intervals and the worst case over
-    all attacks in the ball, `verdicts` {name: (N,) bool}, `checks` and `audit`. `folder` receives it all, with `index`,
-    the images' numbers in their test set, and with save_adversarial x_adv. A second call continues and adds."""
+    Returns settings, `about`, `attacks` {name: row} with the worst case over all in the ball, `verdicts` {name: (N,)},
+    `checks` and `audit`. `folder` receives it all, with `index` (N,), the images' numbers in their test set, and with
+    save_adversarial x_adv. A second call continues and adds."""
     settings = Settings(**options)
     check_inputs(x, y, {} if isinstance(attacks, str) else attacks, settings, keeps=folder or not save_adversarial)
     allow_tf32(False)
@@ -808,8 +801,8 @@ def evaluate(
     with common.frozen_eval(model):
         if isinstance(attacks, str):
             attacks = select_attacks(attacks, [Model("the model", model, {})], settings, sample[0][:1])
-        seen = predict(model, sample[0])  # may differ where weights and code do not
-    key = fingerprint(weights, getattr(model, "options", model), code_of(model), x, y, settings, seen)
+        seen = [predict(model, sample[0]) for _ in range(2)]  # may differ where weights and code do not
+    key = fingerprint(*state_of(model), x, y, settings, seen[0] if torch.equal(*seen) else None)
     own = folder / f"settings-{key}"  # results of other models and settings have folders of their own
     own.mkdir(parents=True, exist_ok=True)
     index = np.arange(len(y)) if index is None else np.asarray(index)
@@ -855,12 +848,21 @@ def mcnemar_p(more: Tensor, fewer: Tensor) -> float:
 
 def check_model(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> list[Check]:
     """The checks without attacks, on x (B, C, H, W) and y (B,): in every evaluation."""
-    observed, few, passed, said, logits, gradients = Observed(model, x), x[:32], x[:2].clone(), set(), [], []
-    with torch.no_grad():
+    observed, few, passed, said, logits, gradients = (
+        Observed(model, x),
+        x[: max(3, min(32, settings.batch_size))],
+        x[:2].clone(),
+        set(),
+        [],
+        [],
+    )
+    with torch.no_grad(), suppress(ValueError):  # of batch norm on a single image
         model(passed)
+    with torch.no_grad():
         first, again, reverse = observed(few), observed(few), observed(few.flip(0)).flip(0)
         alone = torch.cat([*(observed(image) for image in few[:3].split(1)), first[3:]])
-    changes = [float((other - first).abs().max() / first.abs().max()) for other in (again, reverse, alone)]
+    largest = first.nan_to_num(0, 0, 0).abs().max().clamp(min=1e-30)  # an infinite logit may stay as it is
+    changes = [float((other - first).nan_to_num(0).abs().max() / largest) for other in (again, reverse, alone)]
     random, batch, moved = changes[0], max(changes[1:]), float((passed - x[:2]).abs().max())
     steady, alike = random < 1e-4 or settings.eot > 1, batch < max(1e-4, 3 * random)
     flows = has_gradient(observed, x[:1])
@@ -892,7 +894,8 @@ def run_audit(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, parts:
     if not has_gradient(model, x[:1]):
         return []
     wide = 0.5 if settings.norm == "linf" else 0.5 * math.sqrt(x[0].numel())  # holds gray for every image
-    apgd = "apgd-t" if model(x).shape[1] >= 4 else "apgd-ce"
+    torch.manual_seed(settings.seed)
+    apgd = "apgd-t" if Observed(model, x)(x).shape[1] >= 4 else "apgd-ce"
     pgd_20, pgd_100 = Attack(pgd_scaled, steps=20), Attack(pgd_scaled, steps=100)
     square, scales = Attack(partial(autoattack, parts=["square"], queries=1000)), (1e-4, 0.01, 100, 1e4)
     attacks = {f"logits x {f:g}": Attack(partial(pgd_scaled, factor=f), steps=20) for f in scales}
@@ -972,9 +975,8 @@ PUBLISHED = (  # names in the files of MART, FastAT and others, and here: replac
 
 
 def load_published(path: str | Path, device: str = "cpu", **options: object) -> tuple[models.Classifier, dict]:
-    """The model of a bare state dict, in eval mode; options as in models.build_model, num_classes read from the file.
-    The weights may be the entry state_dict, model, net or model_state_dict, under our names or PUBLISHED ones. What no
-    layer uses is named on stderr. Reads checkpoints of this project too. Raises common.UserError if they do not fit."""
+    """The model of a bare state dict, or its entry state_dict, model, net or model_state_dict, in eval mode, and meta;
+    options as in models.build_model. Names may be PUBLISHED ones. Raises common.UserError if they do not fit."""
     content = common.read_file(Path(path))
     if content.get("format") in common.FORMATS:
         return common.load_checkpoint(path, device)
@@ -1017,8 +1019,6 @@ def published_options(args: argparse.Namespace) -> dict:
     published_he = data.known == "cifar10" and args.head != "linear"  # they normalize in the network
     if args.normalize or (published_he and args.normalize is None):
         options |= {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2471, 0.2435, 0.2616]}
-    if args.head != "linear" and args.scale is None:
-        print(f"--head {args.head}: scale {scale:g} is assumed; the HE authors' README trains PGD + HE with --scale 10")
     return options
 
 
@@ -1230,14 +1230,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.eps is None and args.norm == "linf":
         options["eps"] = preset_eps(args.attacks, found, data.known)
     image, settings = common.images_at(x, torch.arange(1), args.device), Settings(norm=args.norm, dataset=data.known)
-    attacks = select_attacks(args.attacks, found, settings, image) | transfer_attacks(sources, image)
+    attacks = select_attacks(args.attacks, found, settings, image) | transfer_attacks(sources)
     for model in found:
         print(f"{model.name}: {len(attacks)} attacks on {len(y)} images of {data.name}")
-        trained, eps = model.meta.get("args", {}).get("eps"), Settings(options["eps"], args.norm, data.known).eps
-        if trained and not model.meta.get("natural") and args.norm == "linf" and abs(trained - eps) > 0.001:
-            print(f"note: {model.name} was trained with eps {trained:.4g}, not {eps:.4g}")
-        kept = {"checkpoint", "method", "epoch", "model_options", "args"}
-        about = {key: value for key, value in model.meta.items() if key in kept}
+        about = {k: v for k, v in model.meta.items() if k in "checkpoint method epoch model_options args".split()}
         about |= {"model": model.name, "dataset": data.name, "torch": str(torch.__version__)}
         about |= {"hardware": common.hardware(args.device), "command": " ".join(["python", *sys.argv])}
         folder = out / model.name if len(found) > 1 else out

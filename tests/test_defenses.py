@@ -168,7 +168,8 @@ def without_gradients(x):
 
 
 BLOCKED = {"inference mode": without_gradients, "numpy": lambda x: torch.from_numpy(x.detach().numpy().copy())}
-BLOCKED["a gradient of its own"] = lambda x, weight=torch.ones(1, requires_grad=True): x.detach() * weight
+OWN = torch.ones(1, requires_grad=True)
+BLOCKED["a gradient of its own"] = lambda x: x.detach() * OWN
 
 
 @pytest.mark.parametrize("name", BLOCKED)
@@ -190,3 +191,53 @@ def test_a_model_that_changes_its_images_is_named_and_has_the_figures_of_a_copy(
     first, second = (evaluate(net.eval(), x, y, few("pgd-5 zoo square"), eps=0.1) for net in (changes, copies))
     assert correct(first) == correct(second) and torch.equal(x, kept) and not failing(second)
     assert failing(first) == {"images are left as they are"} and "changed by 0.1" in capsys.readouterr().out
+
+
+def test_what_tells_models_and_attacks_apart_is_more_than_weights_and_source(natural, tmp_path):
+    """A plain attribute of a model; what an attack holds: attributes, defaults, tensors, networks."""
+    model, x, y = natural
+
+    class Scaled(Masked):
+        def forward(self, x):
+            return self.factor * super().forward(x)
+
+    correct = []
+    for factor in (1e4, 1.0):
+        net = Scaled(model)
+        net.factor = factor
+        correct.append(evaluate(net, x, y, "pgd-20", eps=0.1, folder=tmp_path)["attacks"]["pgd-20"]["correct"])
+    assert correct[0] > correct[1] + 10
+
+    class Step:
+        def __init__(self, size):
+            self.size = size
+
+        def __call__(self, model, x, y, *, eps, **_):
+            return x
+
+    attacks = [Step(1), Step(2), (lambda model, x, y, k=1, **_: x), (lambda model, x, y, k=2, **_: x)]
+    attacks += [partial(eval_all.pgd, delta=torch.arange(2000.0) + k) for k in (0, 1)]
+    attacks += [partial(eval_all.transferred, source=net, attack=eval_all.pgd) for net in (model, digits("he", 1)[0])]
+    identities = [eval_all.Attack(attack).identity() for attack in attacks]
+    assert len({*identities}) == len(attacks)
+    assert identities == [eval_all.Attack(attack).identity() for attack in attacks]
+
+
+def test_logits_that_are_never_finite_are_no_randomness_and_a_sources_gradients_are_told(natural):
+    model, x, y = natural
+    masked = Masked(model, after=lambda logits: torch.cat([logits, torch.full_like(logits[:, :1], -torch.inf)], 1))
+    assert evaluate(masked, x, y, "clean")["mark"] == ""
+    source = Masked(model, lambda x: Gradient.apply(x, torch.nan))
+    rows = evaluate(model, x, y, eval_all.transfer_attacks([eval_all.Model("s", source, {})]), eps=0.1)["attacks"]
+    assert all("NOT FINITE" in rows[f"{name} from s"]["remark"] for name in ("fgsm", "pgd-20"))
+
+
+def test_crafting_may_use_tf32_and_verdicts_and_finite_differences_may_not(natural, monkeypatch):
+    model, x, y = natural
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = {True: set(), False: set()}
+    net = Masked(model, lambda x: seen[x.requires_grad].add(torch.backends.cudnn.allow_tf32) or x)
+    for names, exact, expected in (("pgd-3", False, {True, False}), ("pgd-3", True, {False}), ("spsa-2", False, None)):
+        evaluate(net, x, y, names, eps=0.1, exact=exact)
+        assert (seen[True] - {None} == expected) if expected else seen[False] == {False}
+        seen[True].clear(), seen[False].clear()

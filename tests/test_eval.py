@@ -166,6 +166,8 @@ def test_a_batch_has_images_of_all_classes_in_whatever_order_they_come():
 class Failing:
     """PGD-3 that fails at its k-th batch, and counts the batches that it is called with."""
 
+    __slots__ = ("at", "calls")  # not part of the attack's identity, as attributes are
+
     def __init__(self, at=None):
         self.at, self.calls = at, 0
 
@@ -370,15 +372,6 @@ def test_several_models_are_compared_image_by_image_on_the_attacks_that_both_fac
     assert found == {"clean": -75, "fgsm": -50, "fgsm-l2": 0, "worst case": -50}
 
 
-def test_another_eps_than_that_of_the_training_is_told_but_not_of_natural_training(cli, tmp_path):
-    content = common.read_file(GOLDEN / "he.pt")
-    for natural, eps, told in ((False, 0.1, False), (False, 0.3, True), (True, 0.3, False)):
-        torch.save(content | {"natural": natural, "args": content["args"] | {"eps": 0.1}}, tmp_path / "net.pt")
-        flags = ["--eps", eps, "--attacks", "clean", "--num-images", "4"]
-        code, text, err = cli("eval_all", tmp_path / "net.pt", *flags)
-        assert code == 0 and ("note: net was trained with eps 0.1, not 0.3" in text) == told, err
-
-
 def test_attacked_images_are_kept_and_are_a_dataset_for_other_models(cli, tmp_path):
     """Of an earlier evaluation too, which is then made again; a restart changes only what is still correct."""
     he, attacks, out = GOLDEN / "he.pt", "fgsm,noise,bim-20,deepfool", tmp_path / "out"
@@ -533,11 +526,10 @@ def test_a_bare_state_dict_has_the_scale_of_its_head(cli, make_npz, tmp_path, he
     torch.save(models.build_model("wrn-10-1", 10, head=head).state_dict(), tmp_path / "net.pt")
     described = ["--dataset", "cifar10", "--data-dir", tmp_path, "--arch", "wrn-10-1", "--head", head, *flags]
     few = ["--attacks", "adaptive-pgd-2", "--num-images", "4"]
-    code, text, err = cli("eval_all", tmp_path / "net.pt", *described, *few)
+    code, _, err = cli("eval_all", tmp_path / "net.pt", *described, *few)
     assert code == 0, err
     options = json.loads((tmp_path / "eval-net" / "eval.json").read_text())["model_options"]
     assert (options["scale"], options["margin"], options["mean"] is not None) == expected
-    assert ("scale 15 is assumed" in text) == (head == "he" and "--scale" not in flags)
 
 
 def test_the_audit_comes_with_the_presets_paper_and_all():
