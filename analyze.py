@@ -70,8 +70,7 @@ def print_table(title: str, columns: list[str], rows: dict[str, list[str]]) -> N
 
 
 def robustness_curves(net: nn.Module, x: Tensor, y: Tensor, args: Namespace) -> dict:
-    """Accuracy against eps and restarts under PGD-20, and against the number of steps (Carlini et al. 2019): n and, for
-    each axis, its values `at` and the counts `correct` {attack: [...]}. Restarts add up."""
+    """n, and for eps, steps and restarts (Carlini et al. 2019) the values `at` and counts `correct` {attack: [...]}."""
     clean = batched(partial(eval_all.predict, net), x, args) == y
 
     def robust(name: str, eps: float = args.eps, steps: int = 20, restarts: int = 1) -> np.ndarray:
@@ -175,8 +174,7 @@ def angles(net: nn.Module, x: Tensor, y: Tensor, args: Namespace) -> dict:
 
 
 def feature_map(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args: Namespace) -> dict:
-    """Draws features, clean and attacked, of ten classes at most: by one t-SNE of both (ABCL, App. D), or z if d = 2.
-    Returns the `method` and the positions, (N, 2)."""
+    """Draws features, clean and attacked, of ten classes at most: one t-SNE of both (ABCL, App. D), or z if d = 2."""
     z = batched(model.net.features, torch.cat([x, x_adv]), args).cpu().numpy()
     method, label = "z" if z.shape[1] == 2 else "t-SNE", y.cpu().numpy()
     if method == "t-SNE":
@@ -377,9 +375,11 @@ def checked(model: eval_all.Model, x: Tensor, y: Tensor, args: Namespace) -> eva
     with common.frozen_eval(model.net):
         checks = eval_all.check_model(model.net, x[:32], y[:32], eval_all.Settings(args.eps, args.norm))
     failed = {check.check for check in checks if not check.passed}
-    if "images are left as they are" in failed or not (eval_all.has_gradient(model.net, x[:1]) or args.corruptions):
-        raise common.UserError(f"{model.name} changes its images in place, or no gradient reaches them")
-    return model._replace(name=" ".join([model.name, *(eval_all.MARKS[name] for name in failed & {*eval_all.MARKS})]))
+    attacks = any(getattr(args, name) for name in ANALYSES if name not in ("angles", "corruptions"))
+    masked = attacks and not eval_all.has_gradient(model.net, x[:1])
+    if masked or "images are left as they are" in failed:
+        raise common.UserError(f"{model.name} {'has no gradients' if masked else 'changes its images in place'}")
+    return model._replace(name=" ".join([model.name, *(m for name, m in eval_all.MARKS.items() if name in failed)]))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -219,8 +219,7 @@ def directional_slopes(model, x, y, directions, sigma):
 def spsa(
     model, x, y, *, eps, step_size, steps, draw=lambda u: u.random_(0, 2).mul_(2).sub_(1), q=128, sigma=0.001, **_
 ):
-    """Uesato et al. 2018: BIM by a gradient estimated along directions of +-1 (HE, Sec. B.2), steps * (2 q + 1)
-    queries. The update is HE's sign step (Eq. 18), not Adam; the step size is Angular-AT's learning rate."""
+    """Uesato et al. 2018: BIM by a gradient estimated along directions of +-1 (HE, B.2), 2 q + 1 queries a step."""
     x_adv, active = x.clone(), torch.arange(len(x), device=x.device)
     for _ in range(steps):
         active = active[~common.fooled(model(x_adv[active]), y[active])]
@@ -269,8 +268,7 @@ def zoo(model, x, y, *, eps, queries=20_000, coordinates=128, sigma=1e-4, **_):
 @torch.no_grad()
 def rays(model, x, y, *, eps, queries=10_000, **_):
     """RayS (Chen & Gu 2020): the sign vector along which the boundary is nearest in Linf, from labels alone. Blocks of
-    signs are flipped: the whole image, then halves, and so on to single pixels. If a flip fools the model at the best
-    radius so far, bisection finds its own radius (to 1e-3 in L2). All images share each forward pass."""
+    signs are flipped: all, halves, ..., pixels; a flip that fools at the best radius gets its own by bisection."""
     size = x[0].numel()
     place, tolerance = torch.arange(size, device=x.device), 1e-3 / math.sqrt(size)
     x_adv, active = x.clone(), torch.arange(len(x), device=x.device)
@@ -306,8 +304,7 @@ def rays(model, x, y, *, eps, queries=10_000, **_):
 
 
 def transferred(model, x, y, *, source, attack, **budget):
-    """`attack` on the training cross-entropy of another model, `source` (HE, App. C.4), without early stop: an image
-    that has just fooled the source may not transfer yet. `model` is not used."""
+    """`attack` on the training loss of another model, `source` (HE, App. C.4), without early stop: it must transfer."""
     observed = Observed(source, x, eot=model.eot)
     x_adv = attack(observed, x, y, loss=training_loss(source), early_stop=False, **budget)
     model.nonfinite, model.said = model.nonfinite | observed.nonfinite, model.said | observed.said
@@ -384,15 +381,15 @@ class Attack:
         with common.frozen_eval(model):
             x_adv = self.run(observed, x, y, **budget).detach()
         for text in observed.said if observed is not model else ():
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(text, stacklevel=3)
         return x_adv
 
     def lacking(self, model: nn.Module, image: Tensor) -> str:
         """What the attack needs and the model does not have, or ""."""
         if self.needs and not has_gradient(model, image):
-            return "gradients (square and rays need none; no_grad, detach, numpy in the model?)"
-        fits = {"": True, "gradients": True, "fc": isinstance(getattr(model, "fc", None), nn.Linear)}
-        fits["four classes"] = model(image).shape[1] >= 4
+            return "gradients (square, rays, spsa, nes and zoo do not)"
+        fits = {"": True, "gradients": True, "four classes": model(image).shape[1] >= 4}
+        fits["fc"] = isinstance(getattr(model, "fc", None), nn.Linear)
         with suppress(Exception):
             fits["features"] = model.features(image).ndim == 2
         return "" if fits.get(self.needs) else self.needs
@@ -578,13 +575,13 @@ TOLERANCE = 1e-6  # of a pixel value, in float32
 
 class Observed(nn.Module):
     """A model as an attack on images x (B, C, H, W) sees it. A pass gets a copy of its images, which the model may
-    change, and draws from a generator of the model's own: a seed set in `forward` would repeat the attack's numbers.
+    change, and draws from a generator of the model's own: a seed set in `forward` would reset the attack's numbers.
     Logits are means of `eot` draws. A gradient that is not finite becomes 0 and marks its image in `nonfinite` (B,)."""
 
     def __init__(self, model: nn.Module, x: Tensor, amp: bool = False, eot: int = 1):
         super().__init__()
         self.model, self.x, self.amp, self.eot = getattr(model, "_orig_mod", model), x, amp, eot  # not compiled
-        self.exact = not amp and eot == 1  # or else a misclassification does not tell when to stop
+        self.exact = not amp and eot == 1  # False: one misclassified pass does not prove the verdict, so PGD goes on
         self.queries, self.nonfinite, self.said = 0, torch.zeros(len(x), dtype=torch.bool, device=x.device), set()
         self.__dict__ |= {name: getattr(model, name) for name in ("fc", "scale", "margin") if hasattr(model, name)}
         self.__dict__ |= {"features": partial(self.forward, call=model.features)} if hasattr(model, "features") else {}
@@ -747,7 +744,7 @@ def add_result(result: dict, name: str, attack: Attack, outcome: dict, attacked:
     share, named = 100 * float(outcome["share"].mean()), verdicts["index"][outcome["nonfinite"].numpy()].tolist()
     remarks = {
         result["mark"]: result["mark"],
-        f"{share:.2f} % of single draws": settings.eot > 1,
+        f"single draws {share:.2f} %": settings.eot > 1,
         f"{norm.capitalize()} eps {eps:g}, not in the worst case": norm != settings.norm,
         f"median distance {median:.4g}": attack.minimal and math.isfinite(median),
         f"NOT FINITE: gradients or logits of {len(named)} image(s), {str(named[:5])[1:-1]}": named,
@@ -766,7 +763,7 @@ def add_result(result: dict, name: str, attack: Attack, outcome: dict, attacked:
     print(f"{row['accuracy']:8.2f} % {row['seconds']:9.1f} s  {name}", flush=True)
 
 
-def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Settings, keeps: bool) -> None:
+def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Settings) -> None:
     """Raises UserError for what evaluate() cannot take."""
     widest = 1.0 if settings.norm == "linf" else math.sqrt(x[0].numel())
     if x.dtype != torch.uint8 and (x.dtype != torch.float32 or not 0 <= x.min() <= x.max() <= 1):
@@ -775,10 +772,10 @@ def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Set
         )
     if y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y) or y.min() < 0:
         raise common.UserError(f"labels {y.dtype} {tuple(y.shape)}; needed: int64 from 0 for each of {len(x)} images")
-    if settings.eps > widest:
-        raise common.UserError(f"eps {settings.eps:g} is above {widest:.4g}: give it in pixel units, such as 8/255")
-    if attacks.keys() & RESERVED or attacks.get("clean", ATTACKS["clean"]) != ATTACKS["clean"] or not keeps:
-        raise common.UserError("an attack has the name of a result, or save_adversarial has no folder")
+    if not 0 <= settings.eps <= widest:
+        raise common.UserError(f"eps {settings.eps:g} is not from 0 to {widest:.4g}: use pixel units, such as 8/255")
+    if attacks.keys() & RESERVED or attacks.get("clean", ATTACKS["clean"]) != ATTACKS["clean"]:
+        raise common.UserError(f"an attack has the name of a result: {', '.join(attacks)}")
 
 
 @torch.inference_mode(mode=False)  # gradients, also where the caller switched them off
@@ -791,7 +788,9 @@ def evaluate(
     `checks` and `audit`. `folder` receives it all, with `index` (N,), the images' numbers in their test set, and with
     save_adversarial x_adv. A second call continues and adds."""
     settings = Settings(**options)
-    check_inputs(x, y, {} if isinstance(attacks, str) else attacks, settings, keeps=folder or not save_adversarial)
+    check_inputs(x, y, {} if isinstance(attacks, str) else attacks, settings)
+    if save_adversarial and not folder:
+        raise common.UserError("save_adversarial: no folder to save into")
     allow_tf32(False)
     temporary = tempfile.TemporaryDirectory()  # is deleted with this variable
     folder, weights = Path(folder or temporary.name), fingerprint(*model.state_dict().values())
@@ -836,8 +835,13 @@ def evaluate(
 
 ALL, ON_CE = "all figures", "the attacks on the cross-entropy: fgsm, bim, mim, pgd, apgd-ce"
 GRADIENTS = "all attacks that use gradients: not square, spsa, nes, zoo, rays"
-Check = namedtuple("Check", "check passed figures fails questions")  # it fails if; a failure calls into question
-MARKS = {"same image, same logits": "RANDOM", "same logits in other batches": "BATCH-DEPENDENT"}  # on every figure
+Check = namedtuple(
+    "Check", "check passed figures fails questions"
+)  # fails: the condition; questions: what is then in doubt
+MARKS = {
+    "same image, same logits": "RANDOM",
+    "same logits in other batches": "BATCH-DEPENDENT",
+}  # printed with every figure
 
 
 def mcnemar_p(more: Tensor, fewer: Tensor) -> float:
@@ -848,27 +852,21 @@ def mcnemar_p(more: Tensor, fewer: Tensor) -> float:
 
 def check_model(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> list[Check]:
     """The checks without attacks, on x (B, C, H, W) and y (B,): in every evaluation."""
-    observed, few, passed, said, logits, gradients = (
-        Observed(model, x),
-        x[: max(3, min(32, settings.batch_size))],
-        x[:2].clone(),
-        set(),
-        [],
-        [],
-    )
-    with torch.no_grad(), suppress(ValueError):  # of batch norm on a single image
-        model(passed)
+    observed, voted = Observed(model, x), Observed(model, x, eot=settings.eot)
+    part, handed = x[: max(3, min(32, settings.batch_size))], x[:1].repeat(2, 1, 1, 1)
+    said, logits, gradients = set(), [], []
     with torch.no_grad():
-        first, again, reverse = observed(few), observed(few), observed(few.flip(0)).flip(0)
-        alone = torch.cat([*(observed(image) for image in few[:3].split(1)), first[3:]])
+        model(handed)
+        first, again, reverse = observed(part), observed(part), observed(part.flip(0)).flip(0)
+        alone = torch.cat([*(observed(image) for image in part[:3].split(1)), first[3:]])
     largest = first.nan_to_num(0, 0, 0).abs().max().clamp(min=1e-30)  # an infinite logit may stay as it is
     changes = [float((other - first).nan_to_num(0).abs().max() / largest) for other in (again, reverse, alone)]
-    random, batch, moved = changes[0], max(changes[1:]), float((passed - x[:2]).abs().max())
+    random, batch, moved = changes[0], max(changes[1:]), float((handed - x[:1]).abs().max())
     steady, alike = random < 1e-4 or settings.eot > 1, batch < max(1e-4, 3 * random)
     flows = has_gradient(observed, x[:1])
     for images, labels in zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True):
         images = images.clone().requires_grad_(flows)
-        logits.append(observed(images))
+        logits.append(voted(images))
         loss = training_loss(model)(logits[-1], labels).sum()
         gradients += torch.autograd.grad(loss, images) if flows else [torch.zeros_like(images)]
     logits = torch.cat(logits).detach()
@@ -1119,8 +1117,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> dict:
 
 
 def compare_models(results: list[dict]) -> list[dict]:
-    """Prints and returns each model minus the first one: a paired difference for every attack that both faced, and for
-    the worst case over those in the ball."""
+    """Prints and returns each model minus the first: paired differences for the attacks that both faced."""
     first, rows, width = results[0], [], max(len(name) for name in results[0]["attacks"])
     for other in results[1:]:
         shared = [name for name in first["attacks"] if name in other["attacks"] and name != "worst case"]
@@ -1234,6 +1231,9 @@ def main(argv: list[str] | None = None) -> None:
     for model in found:
         print(f"{model.name}: {len(attacks)} attacks on {len(y)} images of {data.name}")
         about = {k: v for k, v in model.meta.items() if k in "checkpoint method epoch model_options args".split()}
+        if history := model.meta.get("history"):
+            seconds = model.meta["args"]["epochs"] * float(np.mean([row["seconds"] for row in history]))
+            about |= {"training_seconds": seconds, "training_hardware": model.meta.get("hardware")}
         about |= {"model": model.name, "dataset": data.name, "torch": str(torch.__version__)}
         about |= {"hardware": common.hardware(args.device), "command": " ".join(["python", *sys.argv])}
         folder = out / model.name if len(found) > 1 else out

@@ -74,26 +74,6 @@ def test_mca_is_the_mean_over_corruptions_and_severities_without_the_extra_ones(
         analyze.corruption_accuracy(ReadsGreen(), make_args(corruptions=cifar_c))
 
 
-@pytest.mark.parametrize(
-    ("name", "array", "message"),
-    [
-        ("fog", np.zeros((30, 32, 32, 3), np.float32), "fog.npy: float32"),
-        ("fog", None, "fog.npy, or labels.npy beside it: not a readable .npy"),
-        ("labels", np.zeros(29, np.uint8), "labels.npy: needed: 30 integers below 10"),
-        ("labels", np.full(30, 10), "labels.npy: needed"),
-    ],
-)
-def test_a_wrong_file_of_cifar_c_is_named(cifar_c, name, array, message):
-    path = cifar_c / f"{name}.npy"
-    if array is None:
-        path.write_bytes(path.read_bytes()[:1000])
-    else:
-        np.save(path, array)
-    with pytest.raises(common.UserError, match=message) as error:
-        list(analyze.corruption_sets(cifar_c, make_args().data))
-    assert str(cifar_c) in str(error.value) and "\n" not in str(error.value)
-
-
 def test_imagenet_c_has_the_sorted_wnids_as_classes_and_refuses_what_does_not_fit(tmp_path):
     for severity in range(1, 6):
         for label, wnid in enumerate(("n02", "n10")):

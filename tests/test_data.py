@@ -131,21 +131,6 @@ def test_floats_in_any_layout_and_size_and_test_images_alone(make_npz, shape, dt
     assert data.statistics()["mean"] == pytest.approx(pixels.astype(float).mean((0, 2, 3)).tolist(), rel=1e-5)
 
 
-def test_float_and_rectangular_images_train_where_the_network_allows_it(cli, refused, make_npz, tmp_path):
-    """As the same images in uint8 do: bit for bit."""
-    x = np.random.default_rng(0).integers(0, 256, (140, 8, 12), dtype=np.uint8)
-    flags, weights = "--batch-size 20 --steps 1 --epochs 1 --augment --arch".split(), []
-    for name, train in (("bytes", x), ("floats", (x / np.float32(255)).astype(np.float32))):
-        path = make_npz(name, x_train=train, x_test=x[:20])
-        assert cli("train_pgd_he", "--dataset", path, *flags, "wrn-10-1", "--out", tmp_path / name)[0] == 0
-        weights.append(common.load_checkpoint(tmp_path / name)[0].fc.weight)
-    assert torch.equal(*weights)
-    assert "small_cnn needs square images, not (8, 12)" in refused(
-        "train_pgd_he", "--dataset", path, *flags, "small_cnn"
-    )
-    assert cli("eval_all", tmp_path / "bytes", "--attacks", "fgsm")[0] == 0
-
-
 # Images in files: three classes, each of one color.
 
 COLORS = {"n01": (200, 30, 30), "n02": (30, 200, 30), "n03": (30, 30, 200)}

@@ -72,19 +72,6 @@ def test_a_zero_patch_has_a_finite_value_and_gradient_and_outputs_are_bounded(co
     assert manifold == "simplex" or out[2, 0, 3, 3] > 0.999  # the patch that is the kernel
 
 
-@pytest.mark.parametrize("correlation", models.CORRELATIONS)
-def test_under_autocast_the_angle_is_still_taken_in_float32(correlation):
-    torch.manual_seed(0)
-    layer = models.SphereConv2d(8, 16, 3, padding=1, correlation=correlation, manifold="sphere")
-    x = torch.rand(4, 8, 10, 10)
-    x[0, :, 2:5, 2:5] = layer.weight[0].detach()
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = layer(x)
-    assert rough.dtype == torch.bfloat16 and rough.abs().max() <= 1 + torch.finfo(torch.bfloat16).eps
-    tolerance = 0.06 if correlation in ("linear", "sigmoid") else 0.02
-    torch.testing.assert_close(rough.float(), layer(x), atol=tolerance, rtol=0)
-
-
 def test_the_networks_have_the_published_layers():
     mnist = models.build_model("dsphere_mnist", 10, 1, image_size=28, head="sphere", correlation="cosine")
     widths = [(1, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
@@ -95,20 +82,6 @@ def test_the_networks_have_the_published_layers():
     assert [m.out_channels for m in convolutions] == [64] * 3 + [128] * 3 + [256] * 3 and cifar.feature_dim == 512
     x = torch.rand(2, 1, 28, 28)
     assert mnist.features(x).min() == 0 and mnist.conv[:2](x).min() == 0  # after their ReLU
-
-
-@pytest.mark.parametrize("correlation, flags", [("cosine", ["--loss", "wm"]), ("inner", [])])
-def test_features_in_the_plane_are_the_last_sphere_layer_itself(cli, tmp_path, correlation, flags):
-    """Fig. 2: two outputs in place of 256, without a ReLU or a linear layer behind them."""
-    flags += ["--correlation", correlation, "--feature-dim", "2", "--limit", "132", "--epochs", "1", "--steps", "1"]
-    assert cli("train_dsphere", *flags, "--batch-size", "32", "--out", tmp_path)[0] == 0
-    model, _ = common.load_checkpoint(tmp_path)
-    layer = torch.nn.Linear if correlation == "inner" else models.SphereLinear
-    assert type(model.hidden) is layer and isinstance(model.project, torch.nn.Identity)
-    x = torch.rand(50, 1, 8, 8)
-    z = model.features(x)
-    expected = model.hidden(model.conv(model.normalize(x)).flatten(1))
-    assert z.shape == (50, 2) and torch.allclose(z, expected, atol=1e-6) and z.min() < 0
 
 
 def test_the_multiplier_moves_at_a_rate_of_its_own_and_is_logged(cli, tmp_path):

@@ -149,12 +149,6 @@ def test_random_numbers_follow_from_seed_and_name_and_restarts_repeat_random_sta
     assert drawn[-1] == drawn[-2]
 
 
-def test_restarts_add_up():
-    model, x, y = digits("he", 40)
-    counts = [evaluate(model, x, y, "noise", eps=0.5, restarts=n)["attacks"]["noise"]["correct"] for n in (1, 2, 8)]
-    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
-
-
 def test_a_batch_has_images_of_all_classes_in_whatever_order_they_come():
     """The feature attack draws its aims from its batch."""
     x, met = torch.tensor([0.2, 0.8]).repeat_interleave(200).view(400, 1, 1, 1), []
@@ -393,20 +387,6 @@ def test_attacked_images_are_kept_and_are_a_dataset_for_other_models(cli, tmp_pa
         code, _, err = cli("eval_all", he, "--dataset", file, "--attacks", "clean", "--out", tmp_path / "again" / name)
         assert code == 0, err
         assert figures(tmp_path / "again" / name)[1]["clean"] == before[1][name]
-
-
-def test_kept_images_are_those_of_the_attack_as_it_is_now(pixels, tmp_path):
-    """Also for names that differ only in what a file's name cannot hold; a rounding error above 1 is cut off."""
-    by = lambda step: Attack(partial(lambda model, x, y, step, **_: x + step, step=step))  # noqa: E731
-    for attacks in ({"a b": by(0.04), "a_b": by(0.05)}, {"a b": by(0.08), "a_b": by(0.1)}):
-        for keep in (False, True):
-            evaluate(Threshold(), *pixels, attacks, eps=0.1, folder=tmp_path, save_adversarial=keep)
-    kept = [np.load(file)["x_test"] - pixels[0].numpy() for file in sorted(tmp_path.glob("settings-*/x_adv-a_b-*.npz"))]
-    assert sorted(delta.max().round(3) for delta in kept) == pytest.approx([0.04, 0.05, 0.08, 0.1])
-    nearly, white = Attack(lambda model, x, y, **_: 1 + 5e-7 * x), (torch.ones(2, 1, 2, 2), torch.tensor([1, 1]))
-    evaluate(Threshold(), *white, {"edge": nearly}, eps=0.1, folder=tmp_path, save_adversarial=True)
-    (file,) = tmp_path.glob("settings-*/x_adv-edge-*.npz")
-    assert common.load_data(str(file)).x_test.max() == 1
 
 
 def test_eval_csv_has_six_digits_and_a_row_for_each_attack(pixels, tmp_path):

@@ -15,7 +15,6 @@ import common
 import models
 import train_pgd_he
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -276,69 +275,6 @@ def test_resume_refuses_another_criterion_or_optimizer(tmp_path):
             train(tmp_path, "--epochs", "2", "--resume", criterion=criterion, optimizer=optimizer)
 
 
-def test_an_average_that_was_stopped_before_the_first_step_begins_with_its_weights(tmp_path, monkeypatch):
-    batches = common.Run.batches
-
-    def stopped(run):
-        run.signal = signal.SIGTERM
-        return batches(run)
-
-    train(tmp_path / "whole", "--ema", "0.9", "--epochs", "1")
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "batches", stopped)
-        with pytest.raises(SystemExit):
-            train(tmp_path / "part", "--ema", "0.9", "--epochs", "1")
-    train(tmp_path / "part", "--ema", "0.9", "--epochs", "1", "--resume")
-    assert_same(tmp_path / "whole", tmp_path / "part")
-
-
-def test_numbers_of_numpy_are_saved_as_plain_ones_and_a_best_pt_alone_is_not_overwritten(tmp_path):
-    rate = np.logspace(-2, -1, 2)[0]
-    args = train_pgd_he.parse_args([*FEW, "--epochs", "1", "--out", str(tmp_path)])
-    args.eps, args.note = np.linspace(0.05, 0.1, 2)[0], tmp_path / "a path"
-    data = common.load_data(args.dataset, limit=args.limit)
-    run = common.Run(args, common.build_model(args, data, scale=np.sqrt(225)), data)
-    extra = torch.nn.Parameter(torch.tensor(0.0))
-    run.optimizer = torch.optim.SGD([*run.model.parameters(), extra], lr=rate)
-    for _ in run.epochs():
-        for x, y in run.batches():
-            logits = run.model(x)
-            run.step(F.cross_entropy(logits, y) + extra, logits, y)
-            assert extra.grad == 1
-        run.finish_epoch()
-    model, meta = common.load_checkpoint(tmp_path)
-    assert (model.scale, meta["args"]["eps"]) == (15.0, 0.05)
-    (tmp_path / "last.pt").unlink()
-    with pytest.raises(common.UserError, match="already holds a run"):
-        train(tmp_path, "--epochs", "1")
-
-
-def test_a_criterion_that_holds_the_model_updates_each_weight_once(tmp_path):
-    class Outer(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-    args = train_pgd_he.parse_args([*FEW, "--epochs", "1", "--out", str(tmp_path)])
-    data = common.load_data(args.dataset, limit=args.limit)
-    model = common.build_model(args, data)
-    run = common.Run(args, model, data, Outer(model))
-    assert len(run.optimizer.param_groups[0]["params"]) == len([*model.parameters()])
-
-
-def test_what_a_criterion_may_hold_and_what_an_own_optimizer_leaves_out(tmp_path):
-    """An infinite buffer is no fault; gradients of weights that no group has do not add up."""
-    criterion = Centers()
-    criterion.register_buffer("smallest", torch.tensor(torch.inf))
-    run = train(
-        tmp_path, "--epochs", "1", criterion=criterion, optimizer=lambda m, c: torch.optim.SGD([m.fc.weight], 0.1)
-    )
-    assert run.criterion.training and (criterion.centers == 0).all()
-    last = criterion.centers.grad.clone()
-    run.step(criterion(torch.zeros(2, 64), torch.tensor([0, 1])), torch.zeros(2, 10), torch.tensor([0, 1]))
-    assert not torch.equal(last, criterion.centers.grad) and not criterion.centers.grad[2:].any()
-
-
 def test_the_average_of_the_weights_is_held_out_saved_and_evaluated(tmp_path, monkeypatch):
     weights, average, held_out, step = [], None, common.Run._held_out, common.Run.step
 
@@ -535,12 +471,6 @@ BAD_FLAGS = {
     "head he alone": ["--head", "mhe", "--no-fn"],
     "Not a directory": ["--out", __file__ + "/run"],
 }
-
-
-@pytest.mark.parametrize("complaint", BAD_FLAGS)
-def test_a_bad_flag_is_one_line(refused, complaint):
-    line = refused("train_pgd_he", *BAD_FLAGS[complaint])
-    assert complaint in line and line.startswith("train_pgd_he.py: error: ")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
