@@ -6,7 +6,6 @@
     training    each method's own script, with PGD-10, over the reference
     switches    PGD-AT+HE with one optimization switched off, over everything on
     attacks     PGD-20 over the reference, in float32 and with --amp
-    layers      D-SphereNet's convolutions over a plain one
 
 The reference is PGD-10 training, or PGD-20, as in the papers' public code: float32, NCHW, a DataLoader with two workers
 and torchvision's transforms, an attack whose backward pass also computes the gradients of the weights. Images are
@@ -37,8 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
-STEPS = 4  # of training in a measurement
+STEPS = 48 if torch.cuda.is_available() else 4  # of training in a measurement, which takes a second at least
 METHODS = {  # script and flags
     "PGD-AT": "train_pgd_he --head linear",
     "PGD-AT+HE": "train_pgd_he --head he",
@@ -70,11 +70,26 @@ def compare(measures: dict[str, Callable[[], float]], rounds: int, *bases: str) 
 
 
 def calls_per_s(step: Callable[[], Tensor]) -> float:
-    """Of the second of two calls: the first one warms up."""
+    """After a first call that warms up: of one more, on a GPU of as many as take a second."""
     step().sum().item()  # which waits for a GPU
-    start = time.perf_counter()
-    step().sum().item()
-    return 1 / (time.perf_counter() - start)
+    calls, start = 0, time.perf_counter()
+    while not calls or (torch.cuda.is_available() and time.perf_counter() - start < 1):
+        step().sum().item()
+        calls += 1
+    return calls / (time.perf_counter() - start)
+
+
+def matrix_rate(device: str) -> float:
+    """FLOP/s of a product of two matrices of 4096 x 4096, in bfloat16 where it is native."""
+    a = torch.rand(4096, 4096, device=device, dtype=torch.bfloat16 if common.supports_bf16(device) else torch.float32)
+    return 2 * 4096**3 * calls_per_s(lambda: (a @ a)[:1])
+
+
+def forward_flop(args: argparse.Namespace, data: common.Data) -> int:
+    """FLOP of a forward pass of one image."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        common.build_model(args, data)(torch.rand(1, *data.x_train.shape[1:]))
+    return counter.get_total_flops()
 
 
 def nchw() -> mock._patch:
@@ -143,7 +158,10 @@ def train(args: argparse.Namespace, data: common.Data, method: str, flags: str =
 def bench_training(args: argparse.Namespace, data: common.Data) -> list[dict]:
     """Each method over the reference, and over our own plain PGD-AT."""
     ours = {method: partial(train, args, data, method) for method in METHODS}
-    return compare({"reference": partial(train_reference, args, data)} | ours, args.rounds, "reference", "PGD-AT")
+    rows = compare({"reference": partial(train_reference, args, data)} | ours, args.rounds, "reference", "PGD-AT")
+    share = 23 * forward_flop(args, data) * rows[1]["img/s"] / matrix_rate(args.device)  # 10 x (1 + 1) + 1 + 2 passes
+    print(f"PGD-AT computes at {100 * share:.0f} % of the measured rate of matrix products")
+    return rows
 
 
 def unfrozen() -> mock._patch:
@@ -188,32 +206,7 @@ def bench_attacks(args: argparse.Namespace, data: common.Data) -> list[dict]:
     return compare(measures, args.rounds, "reference")
 
 
-def bench_layers(args: argparse.Namespace, data: common.Data) -> list[dict]:
-    """SphereConv2d over nn.Conv2d, forward and backward: 3x3, 64 to 128 channels, 28 pixels, batch 64."""
-    eval_all.allow_tf32(False)
-    sphere_layer = partial(models.SphereConv2d, 64, 128, 3, padding=1, manifold="sphere")
-    layers = {name: sphere_layer(correlation=name) for name in models.CORRELATIONS}
-    layers["plain"] = nn.Conv2d(64, 128, 3, padding=1, bias=False)
-    x = torch.rand(64, 64, 28, 28, device=args.device).to(memory_format=torch.channels_last).requires_grad_()
-
-    def speed(layer: nn.Module, amp: bool) -> float:
-        def step() -> Tensor:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                out = layer(x)
-            out.sum().backward()
-            return x.grad
-
-        layer.to(args.device, memory_format=torch.channels_last)
-        return len(x) * calls_per_s(step)
-
-    rows = []
-    for amp, dtype in ((False, "float32"), (True, "bfloat16")):
-        measures = {name: partial(speed, layer, amp) for name, layer in layers.items()}
-        rows += [row | {"what": f"{row['what']}, {dtype}"} for row in compare(measures, args.rounds, "plain")]
-    return rows
-
-
-SECTIONS = {"training": bench_training, "switches": bench_switches, "attacks": bench_attacks, "layers": bench_layers}
+SECTIONS = {"training": bench_training, "switches": bench_switches, "attacks": bench_attacks}
 
 
 def print_table(title: str, rows: list[dict]) -> None:
@@ -242,7 +235,8 @@ def main(argv: list[str] | None = None) -> None:
             print_table(name, results[name])
     host, cuda = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, args.device.startswith("cuda")
     results["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else host
-    print(f"\npeak memory: {results['peak GiB']:.1f} GiB")
+    tf32 = "TF32 in training, exact float32 in attacks" if cuda else "exact float32 where not bfloat16"
+    print(f"\npeak memory: {results['peak GiB']:.1f} GiB; {tf32}")
     common.write_file(json.dumps(results, indent=2, default=str).encode(), args.out)
 
 

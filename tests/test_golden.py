@@ -28,7 +28,7 @@ def craft(model, attack, options):
         if options.pop("start", None) == "x":
             options["start"] = x
     else:
-        function = getattr(eval_all, attack)
+        function = eval_all.ATTACKS["noise"].run if attack == "noise" else getattr(eval_all, attack)
     if attack == "transferred":
         crafted = getattr(eval_all, options.pop("attack"))
         if "steps" in options:  # a point that fools the source early may not transfer yet
@@ -36,7 +36,7 @@ def craft(model, attack, options):
         options |= {"source": load(options["source"]), "attack": crafted}
     torch.manual_seed(0)
     with common.frozen_eval(net):
-        return net(function(net, x, y, **options).detach()).argmax(1) == y
+        return net(function(eval_all.Observed(net, x), x, y, **options).detach()).argmax(1) == y
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['model']}-{e['attack']}-{e['options'].get('norm', '')}")
