@@ -8,7 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 COPIES = ("aten::_to_copy", "aten::copy_")
-INDEXING = ("aten::index", "aten::index_put_", "aten::_index_put_impl_")  # a CPU index of a device tensor is copied
+INDEXING = (
+    "aten::index",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+)  # a CPU index of a device tensor is copied
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero")
 
 
@@ -27,6 +32,9 @@ class OnDevice(torch.Tensor):
     def tolist(self):
         Emulated.waits += 1
         return self.value.tolist()
+
+    def __format__(self, spec):
+        return format(self.tolist(), spec)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

@@ -225,8 +225,9 @@ def test_what_tells_models_and_attacks_apart_is_more_than_weights_and_source(nat
 
 def test_logits_that_are_never_finite_are_no_randomness_and_a_sources_gradients_are_told(natural):
     model, x, y = natural
-    masked = Masked(model, after=lambda logits: torch.cat([logits, torch.full_like(logits[:, :1], -torch.inf)], 1))
-    assert evaluate(masked, x, y, "clean")["mark"] == ""
+    for value in (-torch.inf, torch.nan):
+        masked = Masked(model, after=lambda z, value=value: torch.cat([z, torch.full_like(z[:, :1], value)], 1))
+        assert evaluate(masked, x, y, "clean")["mark"] == ""
     source = Masked(model, lambda x: Gradient.apply(x, torch.nan))
     rows = evaluate(model, x, y, eval_all.transfer_attacks([eval_all.Model("s", source, {})]), eps=0.1)["attacks"]
     assert all("NOT FINITE" in rows[f"{name} from s"]["remark"] for name in ("fgsm", "pgd-20"))

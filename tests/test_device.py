@@ -40,10 +40,10 @@ def test_a_script_trains_on_a_device_and_waits_for_nothing_in_its_steps(monkeypa
 @pytest.mark.parametrize("name", eval_all.ATTACKS)
 def test_an_attack_runs_on_a_device(monkeypatch, small_model, name):
     emulate(monkeypatch, common)
-    attack = short(name)
+    attack, x = short(name), torch.rand(3, 1, 8, 8)
+    y = small_model(x).argmax(1)
     with Emulated():
-        model = small_model.to("meta")
-        x, y = torch.rand(3, 1, 8, 8).to("meta"), torch.tensor([1, 2, 3], device="meta")
+        model, x, y = small_model.to("meta"), x.to("meta"), y.to("meta")
         rows = eval_all.evaluate(model, x, y, {name: attack} if name != "clean" else {}, eps=0.1, norm=attack.norms[0])[
             "attacks"
         ]
