@@ -60,8 +60,3 @@ def test_the_reference_attack_is_ours_and_also_computes_weight_gradients(small_m
         adversarial.append(pgd(small_model, x, y, **budget))
     assert torch.allclose(*adversarial, atol=1e-6) and not torch.allclose(adversarial[0], x)
     assert all(p.grad is not None for p in small_model.parameters())
-
-
-def test_parameters_stay_trainable_where_freezing_is_off(small_model):
-    with bench.unfrozen(), common.frozen_eval(small_model):
-        assert all(p.requires_grad for p in small_model.parameters())

@@ -300,15 +300,6 @@ def test_the_average_of_the_weights_is_held_out_saved_and_evaluated(tmp_path, mo
     assert clean == pytest.approx(seen[-1][0]) == run.history[-1]["val_clean"]
 
 
-@pytest.mark.parametrize(
-    "name, kind, momentum", [("sgd", "SGD", 0.9), ("adam", "Adam", None), ("adamw", "AdamW", None)]
-)
-def test_the_optimizer_flag(tmp_path, name, kind, momentum):
-    run = train(tmp_path, "--epochs", "1", "--optimizer", name, "--weight-decay", "0.01")
-    (group,) = run.optimizer.param_groups
-    assert (type(run.optimizer).__name__, group.get("momentum"), group["weight_decay"]) == (kind, momentum, 0.01)
-
-
 def test_a_new_option_of_build_model_leaves_older_runs_as_they_are(finished, cli, refused, copy, monkeypatch):
     """Only options that differ from their default are stored; a run resumes if the new option is at its default."""
     stored = common.read_file(copy / "last.pt")["model_options"]
