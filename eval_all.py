@@ -387,7 +387,7 @@ class Attack:
     def lacking(self, model: nn.Module, image: Tensor) -> str:
         """What the attack needs and the model does not have, or ""."""
         if self.needs and not has_gradient(model, image):
-            return "gradients (square, rays, spsa, nes and zoo do not)"
+            return "gradients (not square, rays, spsa, nes, zoo)"
         fits = {"": True, "gradients": True, "four classes": model(image).shape[1] >= 4}
         fits["fc"] = isinstance(getattr(model, "fc", None), nn.Linear)
         with suppress(Exception):
@@ -546,7 +546,7 @@ def select_attacks(text: str, targets: list[Model], settings: Settings, image: T
         for name in presets.get(part, part).split() or [part]:
             attack = find_attack(name)
             lacking = [(model.name, attack.lacking(Observed(model.net, image), image)) for model in targets]
-            reason = next((f"{name} needs {what}, and {model} has none" for model, what in lacking if what), None)
+            reason = next((f"{name} needs {what}, which {model} lacks" for model, what in lacking if what), None)
             if settings.ball(attack)[0] not in attack.norms:
                 reason = f"{name} is defined in Linf only"
             if not reason:
