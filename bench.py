@@ -146,6 +146,7 @@ def train_reference(args: argparse.Namespace, data: common.Data) -> float:
 def train(args: argparse.Namespace, data: common.Data, method: str, flags: str = "", context=nullcontext) -> float:
     """Images/s in the second of two epochs of the method's own script; the first one warms up."""
     script, *own = f"{METHODS[method]} {flags}".split()
+    torch.compiler.reset()  # or the limit of compiled variants is reached after some methods
     shared = f"--arch {args.arch} --batch-size {args.batch_size} --device {args.device} --steps 10"
     shared += " --epochs 2 --lr 0.01 --schedule constant"
     with tempfile.TemporaryDirectory() as out:

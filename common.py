@@ -6,6 +6,9 @@ import os
 
 # Idle OpenMP threads must not spin for long beside other processes. This counts only before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+os.environ.setdefault(
+    "TORCHINDUCTOR_COMPILE_THREADS", f"{os.cpu_count() // int(os.getenv('LOCAL_WORLD_SIZE', 1)) or 1}"
+)
 
 import argparse
 import io
@@ -74,9 +77,8 @@ def init_distributed(device: str) -> str:
     if cuda:
         torch.cuda.set_device(torch.device(device).index or 0)
     if ranks > 1:
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-        own = torch.device(device) if cuda else None  # ranks of an evaluation may end hours apart
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), device_id=own)
+        options = {"backend": "nccl", "device_id": torch.device(device)} if cuda else {"backend": "gloo"}
+        dist.init_process_group(**options, timeout=timedelta(hours=12))  # ranks of an evaluation may end hours apart
         sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
     return device
 

@@ -62,6 +62,8 @@ def seconds(function: Callable[[], object]) -> float:
     """Of a call: after two calls, the mean over at least a second."""
     for _ in range(2):
         function()
+    if CUDA:
+        torch.cuda.synchronize()
     calls, start, finished = 0, time.perf_counter(), 0.0
     while finished < (1 if CUDA else 0.01):
         function()
@@ -106,7 +108,7 @@ def check_waits() -> None:
         torch.cuda.set_sync_debug_mode("warn")
         loss(model(common.pgd(model, x, y, loss=loss, steps=10, **BUDGET)), y).backward()
         torch.cuda.set_sync_debug_mode("default")
-    waits = sum("synchroniz" in str(warning.message) for warning in told)
+    waits = sum("called a synchronizing" in str(warning.message) for warning in told)
     print(f"calls that wait for the GPU in a training step: {waits} (0)")
 
 
@@ -152,11 +154,12 @@ def check_ranks() -> None:
             sys.executable,
             "-m",
             "torch.distributed.run",
+            "--standalone",
             f"--nproc_per_node={ranks}",
             str(ROOT / "train_pgd_he.py"),
         ]
         flags = ["--epochs", "1", "--batch-size", str(32 * ranks), "--device", DEVICE, "--out", out]
-        done = subprocess.run([*command, *flags], capture_output=True, text=True)
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
     print(f"torchrun on {ranks} process(es): " + ("works" if not done.returncode else f"FAILS\n{done.stderr[-2000:]}"))
 
 
