@@ -6,9 +6,7 @@ import os
 
 # Idle OpenMP threads must not spin for long beside other processes. This counts only before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-os.environ.setdefault(
-    "TORCHINDUCTOR_COMPILE_THREADS", f"{os.cpu_count() // int(os.getenv('LOCAL_WORLD_SIZE', 1)) or 1}"
-)
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", f"{-(-os.cpu_count() // int(os.getenv('LOCAL_WORLD_SIZE', 1)))}")
 
 import argparse
 import io
