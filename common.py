@@ -4,7 +4,7 @@ Images are float in [0, 1], (B, C, H, W), everywhere outside the model, so eps i
 
 import os
 
-# Idle OpenMP threads must not spin for long beside other processes. This counts only before torch is imported.
+# Idle OpenMP threads must not spin for long, and ranks share the compiler's. Counts only before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", f"{-(-os.cpu_count() // int(os.getenv('LOCAL_WORLD_SIZE', 1)))}")
 
@@ -815,7 +815,7 @@ class Run:
         lines = [",".join(self.history[0]), *(",".join(f"{v:.6g}" for v in row.values()) for row in self.history)]
         if not self.rank:  # best.pt before last.pt: a run killed in between repeats the epoch
             write_file("\n".join([*lines, ""]).encode(), self.out / "log.csv")
-            save(self._checkpoint(), *[self.out / "best.pt"][: int(best)], self.out / "last.pt")
+            save(self._checkpoint(), *(self.out / name for name in ["best.pt"] * best + ["last.pt"]))
         print(" ".join(f"{key} {value:.4g}" for key, value in row.items()) + " *" * best, flush=True)
 
     def _held_out(self) -> tuple[float, float, float]:

@@ -78,7 +78,7 @@ def fgsm(model, x, y, *, eps, norm="linf", loss=cross_entropy, **_):
 
 def pgd(model, x, y, *, loss=cross_entropy, start=None, clean_start=False, early_stop=True, **budget):
     """Madry et al. 2018, CE on model(x). On an HE model these are raw cosines: a flat softmax, and a weak attack."""
-    early_stop = early_stop and getattr(model, "exact", True)
+    early_stop = early_stop and getattr(model, "may_stop", True)
     return common.pgd(model, x, y, loss=loss, start=x if clean_start else start, early_stop=early_stop, **budget)
 
 
@@ -581,7 +581,7 @@ class Observed(nn.Module):
     def __init__(self, model: nn.Module, x: Tensor, amp: bool = False, eot: int = 1):
         super().__init__()
         self.model, self.x, self.amp, self.eot = getattr(model, "_orig_mod", model), x, amp, eot  # not compiled
-        self.exact = not amp and eot == 1  # False: one misclassified pass does not prove the verdict, so PGD goes on
+        self.may_stop = not amp and eot == 1  # False: one misclassified pass does not prove the verdict, so PGD goes on
         self.queries, self.nonfinite, self.said = 0, torch.zeros(len(x), dtype=torch.bool, device=x.device), set()
         self.__dict__ |= {name: getattr(model, name) for name in ("fc", "scale", "margin") if hasattr(model, name)}
         self.__dict__ |= {"features": partial(self.forward, call=model.features)} if hasattr(model, "features") else {}
@@ -725,7 +725,8 @@ def state_of(model: nn.Module) -> list:
     """Weights, options, plain attributes and the code of all modules: what differs may give other verdicts."""
     own = {getattr(sys.modules.get(type(module).__module__), "__file__", None) for module in model.modules()}
     files = {common.__file__, models.__file__, __file__, *filter(None, own), *getattr(model, "source_files", ())}
-    plain = [[item for item in vars(m).items() if isinstance(item[1], int | float | str)] for m in model.modules()]
+    plain = [{k: v for k, v in vars(m).items() if isinstance(v, int | float | str)} for m in model.modules()]
+    plain = [{k: v for k, v in each.items() if k != "training"} for each in plain]  # attacks see eval mode
     code = [Path(file).read_bytes() for file in sorted(files)]
     return [*model.state_dict().values(), getattr(model, "options", model), plain, code]
 
@@ -767,9 +768,7 @@ def check_inputs(x: Tensor, y: Tensor, attacks: dict[str, Attack], settings: Set
     """Raises UserError for what evaluate() cannot take."""
     widest = 1.0 if settings.norm == "linf" else math.sqrt(x[0].numel())
     if x.dtype != torch.uint8 and (x.dtype != torch.float32 or not 0 <= x.min() <= x.max() <= 1):
-        raise common.UserError(
-            f"images {x.dtype} up to {float(x.max()):g}; needed: a uint8 or float32 tensor in [0, 1]"
-        )
+        raise common.UserError(f"images {x.dtype} up to {float(x.max()):g}; needed: uint8 or float32 tensor in [0, 1]")
     if y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y) or y.min() < 0:
         raise common.UserError(f"labels {y.dtype} {tuple(y.shape)}; needed: int64 from 0 for each of {len(x)} images")
     if not 0 <= settings.eps <= widest:
@@ -835,13 +834,9 @@ def evaluate(
 
 ALL, ON_CE = "all figures", "the attacks on the cross-entropy: fgsm, bim, mim, pgd, apgd-ce"
 GRADIENTS = "all attacks that use gradients: not square, spsa, nes, zoo, rays"
-Check = namedtuple(
-    "Check", "check passed figures fails questions"
-)  # fails: the condition; questions: what is then in doubt
-MARKS = {
-    "same image, same logits": "RANDOM",
-    "same logits in other batches": "BATCH-DEPENDENT",
-}  # printed with every figure
+# A check fails if the condition `fails` holds; then the figures `questions` are in doubt. MARKS are with every figure.
+Check = namedtuple("Check", "check passed figures fails questions")
+MARKS = {"same image, same logits": "RANDOM", "same logits in other batches": "BATCH-DEPENDENT"}
 
 
 def mcnemar_p(more: Tensor, fewer: Tensor) -> float:
