@@ -15,7 +15,6 @@ pgd-he             at       train_pgd_he.py $hour
 angular            at       train_angular_at.py $hour
 trades-he          at       train_trades_he.py $hour
 weightpen          masked   train_weightpen.py --arch small_cnn --lr 1e-3 --schedule multistep --epochs 60
-weightpen-short    nat-500  train_weightpen.py --arch small_cnn --limit 20000 --lr 1e-3 --schedule multistep --epochs 15
 dsphere            nat-1000 train_dsphere.py --arch dsphere_mnist --epochs 30
 "
 

@@ -2,19 +2,18 @@
 
     python benchmarks/report.py
 
-A model is named DATASET/NAME for all its seeds, DATASET/NAME-sSEED for one of them; all evaluations in the folder
-results/DATASET/NAME-sSEED count, each attack on the most images it was run on. `A + B` in place of an attack is the
-worst case over both, image by image.
+A model is DATASET/NAME for all its seeds, DATASET/NAME-sSEED for one; all evaluations in results/DATASET/NAME-sSEED
+count, each attack on the most images it was run on. The attack `A + B` is the worst case over both, image by image.
 
 Accuracies are in %, intervals are 95 %: Wilson (1927) for an accuracy, Agresti & Min (2005) for the difference of two
 networks on the same images. Over several seeds we give the mean, and the interval from the lowest end of any seed to
-the highest. Two models differ if the exact McNemar test has p < 0.05 for every seed and the worst seed of one is better
-than the best seed of the other. Such a difference is bold, or in italics if there is only one seed.
+the highest. Two models differ, and their difference is bold, if the exact McNemar test has p < 0.05 for every seed and
+the worst seed of one is better than the best seed of the other. The claims are judged after Holm's correction (1979).
 """
 
 import json
+import math
 from collections import ChainMap
-from collections.abc import Callable
 from functools import partial
 from itertools import cycle, zip_longest
 from pathlib import Path
@@ -38,11 +37,12 @@ def read_evaluation(path: Path) -> dict:
     """An eval.json, and as "verdicts" for each attack an int8 array by index in the test set: 1 if the prediction is
     still correct, 0 if not, -1 if the image was not attacked. Of an analysis.json only the "analyses"."""
     try:
-        result = json.loads(path.read_text().replace('"right":', '"correct":'))  # older files say right
+        text = path.read_text()
+        result = json.loads(text.replace('"right":', '"correct":'))  # so files were written up to commit 868eb2a
         if path.name == "analysis.json":
             return {"n": result["n"], "attacks": {}, "analyses": next(iter(result["models"].values()))}
         with np.load(path.with_name("verdicts.npz")) as arrays:
-            result |= {"n": len(arrays["index"]), "verdicts": {}}
+            result |= {"n": len(arrays["index"]), "verdicts": {}, "own_autoattack": '"right":' in text}
             for attack in result["attacks"].keys() - {"worst case"}:
                 verdict = result["verdicts"][attack] = np.full(50_000, -1, dtype=np.int8)  # no test set is larger
                 verdict[arrays["index"]] = arrays[attack]
@@ -162,31 +162,75 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
 # -------------------------------------------------------------------------------------------------- text and tables
 
 
-def acc(results: Results, model: str, attack: str) -> str:
-    """Accuracy and its interval."""
-    (seeds,) = results.rows([model], attack.split(" + "))
-    return "{:.2f} ({:.2f} - {:.2f})".format(*accuracy_under(seeds, attack))
+class Difference(NamedTuple):
+    """In points, over `seeds`; p is the largest of McNemar's tests, or 1 if the ranges of two networks overlap."""
+
+    points: Estimate
+    p: float
+    seeds: list[str]
+
+    def __str__(self) -> str:
+        mark = "**" if self.p < 0.05 else ""
+        return f"{mark}{round(self.points.value, 2) + 0.0:+.2f} ± {self.points.half_width:.2f}{mark}"  # + 0.0: no -0.00
 
 
-def difference(results: Results, a: str, b: str, attack: str) -> dict[str, str]:
-    """Accuracy of a minus that of b in "points" and as a "sentence", for the "seeds" that both have, or, if they share
-    none, for each seed of a and each of b."""
-    ours, theirs = results.rows([a, b], attack.split(" + "))
+def difference(results: Results, a: str, b: str, attack: str) -> Difference:
+    """Accuracy of a minus that of b under `attack`, or under both of "X over Y", for the seeds that both have, or, if
+    they share none, for each seed of a and each of b."""
+    attacks = (attack.split(" over ") * 2)[:2]
+    ours, theirs = results.rows([a, b], " + ".join(attacks).split(" + "))
     pairs = {str(seed): (ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
     pairs = pairs or {f"{s} over {t}": (ours[s], theirs[t]) for s in ours for t in theirs}
-    runs = [np.stack([network.under(attack) for network in pair]) for pair in pairs.values()]
+    runs = [np.stack([net.under(own) for net, own in zip(pair, attacks, strict=True)]) for pair in pairs.values()]
     runs = [pair[:, (pair >= 0).all(axis=0)] == 1 for pair in runs]  # on the images that both have
     x, y = ([100 * int(pair[i].sum()) / pair.shape[1] for pair in runs] for i in (0, 1))
     differences, p = zip(*(paired_difference(*pair) for pair in runs), strict=True)
     total = over_seeds(differences)._replace(value=fmean(x) - fmean(y))
-    verdict, mark = "no difference shown", ""
-    if max(p) < 0.05 and (min(x) > max(y) or max(x) < min(y)):
-        verdict, mark = "more" if min(x) > max(y) else "less", "*" if len(pairs) == 1 else "**"
-    chances = ", ".join("< 0.001" if chance < 0.001 else f"{chance:.2g}" for chance in p)
-    seeds = ", ".join(pairs)
-    about = f"{verdict}: p {chances}; n = {total.n:,}, seed{'s' * (len(pairs) > 1)} {seeds}"
-    points = f"{mark}{round(total.value, 2) + 0.0:+.2f} ± {total.half_width:.2f}{mark}"  # + 0.0: no -0.00
-    return {"seeds": seeds, "points": points, "sentence": f"{fmean(x):.2f} against {fmean(y):.2f} ({about})"}
+    apart = min(x) > max(y) or max(x) < min(y) or (a == b and len({own.value > 0 for own in differences}) == 1)
+    return Difference(total, max(p) if apart else 1.0, [*pairs])
+
+
+def holm(p: list[float]) -> list[float]:
+    """The values of p, adjusted for their number (Holm 1979)."""
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate((len(p) - np.arange(len(p))) * np.array(p)[order]).clip(max=1)
+    return adjusted[np.argsort(order)].tolist()
+
+
+def verdict(value: float, figure: float, p: float, is_accuracy: bool) -> str:
+    """Of our value beside the paper's figure. p tests a difference against 0, an accuracy against the figure."""
+    half = abs(value) >= abs(figure) / 2
+    if is_accuracy:
+        return "reproduced" if p >= 0.05 or value >= figure else "smaller" if half else "refuted"
+    if p >= 0.05:
+        return "not reproduced"
+    return "refuted" if value * math.copysign(1, figure) < 0 else "reproduced" if half else "smaller"
+
+
+def claims(results: Results, rows: list[tuple]) -> str:
+    """A line a claim: (claim, the paper's words, model, other model, attack, the paper's figure, a clause why). The
+    figure is a difference in points; without another model (none) an accuracy, and ours is the worst case on the
+    images of the attack."""
+    measured = []
+    for _, _, model, other, attack, figure, _ in rows:
+        if other is None:
+            seeds = results.rows([model], [attack])[0].items()
+            own = [accuracy_under({seed: network}, "worst case", (attack,)) for seed, network in seeds]
+            p = max(binomtest(round(one.value * one.n / 100), one.n, figure / 100).pvalue for one in own)
+            own = Difference(over_seeds(own), p, [str(seed) for seed, _ in seeds])
+            measured.append((own, f"{own.points.value:.2f} ± {own.points.half_width:.2f}"))
+        else:
+            own = difference(results, model, other, attack)
+            measured.append((own, str(own).strip("*")))
+    p = [own.p for own, _ in measured]
+    lines = ["| claim | the paper | ours | verdict | why |", "| --- | --- | --- | --- | --- |"]
+    for (claim, paper, _, other, _, figure, why), (own, text), adjusted in zip(rows, measured, holm(p), strict=True):
+        word = verdict(own.points.value, figure, adjusted, other is None)
+        about = f"n = {own.points.n:,}, {len(own.seeds)} seed{'s' * (len(own.seeds) > 1)}"
+        lines.append(f"| {claim} | {paper} | {text} ({about}) | **{word}** | {why} |")
+    alone, after = (sum(one < 0.05 for one in own) for own in (p, holm(p)))
+    lines += ["", f"Of these {len(p)} tests {alone} have p < 0.05 alone, {after} after Holm's correction."]
+    return "\n".join(lines)
 
 
 def audit(results: Results, model: str) -> str:
@@ -216,7 +260,8 @@ def table(results: Results, columns: list[str], rows: list[tuple]) -> str:
     found = results.rows([model for _, model, *_ in rows], columns)
     lines, estimates = [], {column: [] for column in columns}
     for (label, model, *_), seeds in zip(rows, found, strict=True):
-        lines.append([f"{label} `{Path(model).name}`", str(len(seeds))])
+        own = any(network.facts["own_autoattack"] for network in seeds.values()) and "autoattack" in columns
+        lines.append([f"{label} `{Path(model).name}`{' †' * own}", str(len(seeds))])
         for column in columns:
             text = audit(results, model) if column == "audit" else ""
             if column == "worst case" or all(column in network.verdicts for network in seeds.values()):
@@ -234,8 +279,8 @@ def compare(results: Results, attacks: list[str], rows: list[tuple]) -> str:
     lines = []
     for label, a, b, *_ in rows:
         cells = [difference(results, a, b, attack) for attack in attacks]
-        seeds = " / ".join(dict.fromkeys(cell["seeds"] for cell in cells))
-        lines.append([label, seeds, *(cell["points"] for cell in cells)])
+        seeds = " / ".join(dict.fromkeys(", ".join(cell.seeds) for cell in cells))
+        lines.append([label, seeds, *map(str, cells)])
     return markdown(attacks, lines, [paper for _, _, _, *paper in rows], "+.2f")
 
 
@@ -254,58 +299,27 @@ def save(figure: Figure, path: Path, title: str) -> str:
     return f"![{title}](figures/{path.name})"
 
 
-def plot(at: list, series: dict[str, list[Estimate]], xlabel: str, ylabel: str = "") -> Figure:
-    """Each series has an estimate for each of `at`, which are numbers along x, or labels from the top down."""
-    labels = isinstance(at[0], str)
-    figure = Figure(figsize=(7, 1.1 + 0.36 * len(at)) if labels else (6, 3.6), layout="constrained")
+def plot(at: list[float], series: dict[str, list[Estimate]], xlabel: str, ylabel: str) -> Figure:
+    """Each series has an estimate for each of `at`."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
-    for i, ((name, estimates), marker) in enumerate(zip(series.items(), cycle("osD^v"), strict=False)):
+    for (name, estimates), marker in zip(series.items(), cycle("osD^v"), strict=False):
         value, low, high = np.array(estimates)[:, :3].T
-        error = [value - low, high - value]
         style = {"label": name, "marker": marker, "markersize": 4, "linewidth": 1, "capsize": 2}
-        if labels:
-            places = np.arange(len(at)) + 0.6 * ((i + 0.5) / len(series) - 0.5)  # intervals must not hide each other
-            axis.errorbar(value, places, xerr=error, linestyle="", **style)
-            axis.set(yticks=range(len(at)), yticklabels=at, ylim=(len(at) - 0.5, -0.5))
-        else:
-            axis.errorbar(at, value, yerr=error, **style)
+        axis.errorbar(at, value, yerr=[value - low, high - value], **style)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 
-def heatmap(at: list, series: dict[str, list[Estimate]], xlabel: str, label: str) -> Figure:
-    figure = Figure(figsize=(1.7 + 0.9 * len(at), 1.2 + 0.5 * len(series)), layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow([[cell.value for cell in cells] for cells in series.values()], alpha=0.6, aspect="auto")
-    for i, cells in enumerate(series.values()):
-        for j, cell in enumerate(cells):
-            axis.text(j, i, f"{cell.value:.1f}\n± {cell.half_width:.1f}", ha="center", va="center", fontsize=8)
-    axis.set(xticks=range(len(at)), xticklabels=at, yticks=range(len(series)), yticklabels=series, xlabel=xlabel)
-    figure.colorbar(image, label=label)
-    return figure
-
-
-def dots(results: Results, out: Path, name: str, columns: list[str], rows: list[tuple]) -> str:
-    """Accuracies: a line a row (label, model), a marker an attack."""
-    labels, models = zip(*rows, strict=True)
-    found, series = results.rows(models, columns), {}
-    for column in columns:
-        estimates = [accuracy_under(seeds, column, columns) for seeds in found]
-        series[f"{column}, {images(estimates)}"] = estimates
-    figure = plot(labels, series, f"accuracy (%); {setting(results, models)}")
-    return save(figure, out / name, ", ".join(columns))
-
-
-def sweep(draw: Callable, results: Results, out: Path, name: str, attack: str, x: str, values: list, rows: list) -> str:
-    """Accuracy against what is varied, drawn by plot or heatmap. Rows are label and model, with * for the value."""
+def sweep(results: Results, out: Path, name: str, attack: str, x: str, values: list, rows: list) -> str:
+    """Accuracy against what is varied. Rows are label and model, with * for the value."""
     models = [model.replace("*", str(value)) for _, model in rows for value in values]
     flat = [accuracy_under(seeds, attack) for seeds in results.rows(models, [attack])]
     series = {label: flat[i * len(values) :][: len(values)] for i, (label, _) in enumerate(rows)}
     about = f"{setting(results, models)}, {images(flat)}"
-    figure = draw(values, series, x, f"accuracy under {attack} (%)\n{about}")
-    return save(figure, out / name, f"{attack}; {x}")
+    return save(plot(values, series, x, f"accuracy under {attack} (%)\n{about}"), out / name, f"{attack}; {x}")
 
 
 def curves(results: Results, out: Path, name: str, rows: list[tuple]) -> str:
@@ -320,25 +334,12 @@ def curves(results: Results, out: Path, name: str, rows: list[tuple]) -> str:
     return save(plot(curve["at"], series, "eps", f"accuracy (%)\n{about}"), out / name, "eps")
 
 
-def gradients(results: Results, out: Path, name: str, rows: list[tuple]) -> str:
-    """Gradient norm by layer, adversarial over clean: medians. Rows are label and model, its first seed."""
-    series = {}
-    for label, model in rows:
-        found = results.analyses(model, "gradients")[0]
-        values = zip(found["median"], found["low"], found["high"], strict=True)
-        series[label] = [Estimate(*own, found["n"]) for own in values]
-    about = f"{setting(results, [model for _, model in rows])}, {images([own[0] for own in series.values()])}"
-    xlabel = f"gradient norm, adversarial / clean: median, 95 % interval\nPGD-20, {about}"
-    return save(plot(found["layers"], series, xlabel), out / name, "gradient norms by layer, adversarial over clean")
-
-
 def main(out: Path = ROOT) -> None:
     """Write out/RESULTS.md and out/figures/."""
     results, figures = Results(ROOT / "benchmarks" / "results"), out / "figures"
     figures.mkdir(exist_ok=True)
-    names = {f.__name__: partial(f, results) for f in (acc, difference, audit, table, compare)}
-    names |= {f.__name__: partial(f, results, figures) for f in (dots, curves, gradients)}
-    names |= {"lines": partial(sweep, plot, results, figures), "heatmap": partial(sweep, heatmap, results, figures)}
+    names = {f.__name__: partial(f, results) for f in (claims, difference, audit, table, compare)}
+    names |= {f.__name__: partial(f, results, figures) for f in (sweep, curves)}
     loader = jinja2.FileSystemLoader(ROOT / "benchmarks")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     template = environment.get_template("RESULTS.md.j2")

@@ -26,7 +26,7 @@ measure() { # script, row, name, flags
     [ -e "$to/$file" ] && return
     mkdir -p "$out" "$to"
     local network=$runs/$2
-    [[ $2 != *anneal* ]] || network+=/last.pt # its loss has changed since best.pt
+    [[ $2 != *-paper-* ]] || network+=/last.pt # of the paper's length
     "$python" "$1" "$network" --data-dir "$data" --out "$out" "${@:4}" >"$out/log"
     [ "$1" != eval_all.py ] || cp "$out/verdicts.npz" "$to"
     cp "$out/$file" "$to/partial"

@@ -1,4 +1,4 @@
-"""benchmarks/report.py: verdicts on differences, and RESULTS.md from the committed evaluations."""
+"""benchmarks/report.py: verdicts on claims, and RESULTS.md from the committed evaluations."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ def test_results_md_is_what_the_report_writes(tmp_path):
     assert (tmp_path / "RESULTS.md").read_text() == text
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     linked = set(re.findall(r"\]\(figures/([\w-]+\.png)\)", text))
-    assert len(drawn) == 7 and drawn <= linked and all((ROOT / "figures" / name).is_file() for name in linked)
+    assert len(drawn) == 3 and drawn <= linked and all((ROOT / "figures" / name).is_file() for name in linked)
 
 
 def first(count, n=100):
@@ -39,24 +39,47 @@ def write(folder, verdicts, index=None, key="correct", **facts):
     np.savez(folder / "verdicts.npz", index=index, label=index % 10, **verdicts)
 
 
-@pytest.mark.parametrize("a, b, mark, points, verdict", [
-    ([90, 80], [50, 60], "**", "+30.00", "more"),
-    ([50, 60], [90, 80], "**", "-30.00", "less"),
-    ([90], [50], "*", "+40.00", "more"),
-    ([90, 70], [50, 80], "", "+15.00", "no difference shown"),  # seed 1 is the other way round
-    ([90, 70], [80, 60], "", "+10.00", "no difference shown"),  # seed 1 of a is below seed 0 of b
-    ([90, 64], [50, 60], "", "+22.00", "no difference shown"),  # p of seed 1 is 0.125
+@pytest.mark.parametrize("a, b, points", [
+    ([90, 80], [50, 60], "**+30.00"),
+    ([50, 60], [90, 80], "**-30.00"),
+    ([90], [50], "**+40.00"),
+    ([90, 70], [50, 80], "+15.00"),  # seed 1 is the other way round
+    ([90, 70], [80, 60], "+10.00"),  # seed 1 of a is below seed 0 of b
+    ([90, 64], [50, 60], "+22.00"),  # p of seed 1 is 0.125
 ])  # fmt: skip
-def test_models_differ_if_every_seed_says_so_and_the_seeds_do_not_overlap(tmp_path, a, b, mark, points, verdict):
+def test_models_differ_if_every_seed_says_so_and_the_seeds_do_not_overlap(tmp_path, a, b, points):
     for name, counts in (("a", a), ("b", b)):
         for seed, count in enumerate(counts):
             write(tmp_path / f"mnist/{name}-s{seed}", {"clean": first(count)})
     results = report.Results(tmp_path)
-    own = report.difference(results, "mnist/a", "mnist/b", "clean")
-    assert re.fullmatch(re.escape(mark + points) + r" ± \d+\.\d\d" + re.escape(mark), own["points"])
-    assert f"({verdict}: p " in own["sentence"]
+    own = str(report.difference(results, "mnist/a", "mnist/b", "clean"))
+    assert re.fullmatch(re.escape(points) + r" ± \d+\.\d\d(\*\*)?", own) and own.count("**") in (0, 2)
     if len(a) == 2:
-        assert report.difference(results, "mnist/a-s1", "mnist/a-s0", "clean")["seeds"] == "1 over 0"
+        assert report.difference(results, "mnist/a-s1", "mnist/a-s0", "clean").seeds == ["1 over 0"]
+
+
+def test_holm_and_the_verdicts():
+    assert report.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    difference = [report.verdict(value, 4.0, p, False) for value, p in ((2, 0.01), (1, 0.01), (-1, 0.01), (9, 0.06))]
+    assert difference == ["reproduced", "smaller", "refuted", "not reproduced"]
+    assert report.verdict(-3, -4.0, 0.01, False) == "reproduced"
+    accuracy = [report.verdict(value, 80.0, p, True) for value, p in ((79, 0.3), (90, 0), (40, 0), (39, 0))]
+    assert accuracy == ["reproduced", "reproduced", "smaller", "refuted"]
+
+
+def test_claims_of_a_difference_and_of_an_accuracy(tmp_path):
+    """Model a keeps 90 of 100 images under PGD but 20 under Square, which both are in its worst case."""
+    write(tmp_path / "mnist/a-s0", {"clean": first(95), "pgd-20": first(90), "square": first(20)})
+    write(tmp_path / "mnist/b-s0", {"clean": first(95), "pgd-20": first(60), "square": first(60)})
+    rows = [("A", "+50", "mnist/a", "mnist/b", "pgd-20", 50.0, "why"), ("B", "90", "mnist/a", None, "square", 90.0, "")]
+    text = report.claims(report.Results(tmp_path), rows).splitlines()
+    assert text[2].startswith("| A | +50 | +30.00 ± ") and text[2].endswith(
+        "(n = 100, 1 seed) | **reproduced** | why |"
+    )
+    assert text[3].startswith("| B | 90 | 20.00 ± ") and "**refuted**" in text[3]
+    assert text[-1] == "Of these 2 tests 2 have p < 0.05 alone, 2 after Holm's correction."
+    same = report.difference(report.Results(tmp_path), "mnist/a", "mnist/a", "square over pgd-20")
+    assert str(same).startswith("**-70.00") and same.p < 1e-9
 
 
 def test_worst_case_and_common_images(tmp_path):
@@ -65,8 +88,8 @@ def test_worst_case_and_common_images(tmp_path):
     few = np.array([10, 40, 65, 99])
     write(tmp_path / "mnist/a-s0/strong", {"clean": few < 95, "square": few % 2 == 0, "cw-l2": few < 0}, few)
     results = report.Results(tmp_path)
-    assert report.acc(results, "mnist/a", "clean").startswith("95.00 (")
-    assert report.acc(results, "mnist/a-s0", "pgd-20 + square").startswith("50.00 (")  # 10 and 40 of 4
+    both = report.accuracy_under(results["mnist/a-s0"], "pgd-20 + square")
+    assert (both.value, both.n) == (50.0, 4)  # 10 and 40 of 4
     row = report.table(results, ["clean", "worst case"], [("A", "mnist/a", 99.1)]).splitlines()[-1]
     assert re.fullmatch(r"\| A `a` \| 1 \| 95\.00 ± \S+ <sub>99\.10</sub> \| 60\.00 ± \S+ \|", row)  # not square
     row = report.table(results, ["square", "worst case"], [("A", "mnist/a")]).splitlines()[-1]
