@@ -20,10 +20,10 @@ trades-mhe             he     train_trades_he.py --head mhe $robust
 pgd-fn                 he     train_pgd_he.py --no-wn --margin 0 $robust
 pgd-wn                 he     train_pgd_he.py --no-fn --margin 0 $robust
 pgd-fn-wn              he     train_pgd_he.py --margin 0 $robust
-pgd-s15                he     train_pgd_he.py --head linear --scale 15 $robust
-pgd-fn-s1              he     train_pgd_he.py --no-wn --margin 0 --scale 1 $robust
-pgd-wn-s1              he     train_pgd_he.py --no-fn --margin 0 --scale 1 $robust
-pgd-fn-wn-s1           he     train_pgd_he.py --margin 0 --scale 1 $robust
+pgd-scale15            he     train_pgd_he.py --head linear --scale 15 $robust
+pgd-fn-scale1          he     train_pgd_he.py --no-wn --margin 0 --scale 1 $robust
+pgd-wn-scale1          he     train_pgd_he.py --no-fn --margin 0 --scale 1 $robust
+pgd-fn-wn-scale1       he     train_pgd_he.py --margin 0 --scale 1 $robust
 angular-none           at     train_angular_at.py --alpha 0 --beta 0 $robust
 angular-wfc            at     train_angular_at.py --beta 0 $robust
 angular-sep            at     train_angular_at.py --alpha 0 $robust
@@ -115,7 +115,7 @@ pictures() { # of the first seed's networks; the positions of the features, a th
         [ "$runs/$row-s0/made_by" -nt "figures/features-$row.png" ] || continue
         out=$runs/pictures/$row
         mkdir -p "$out"
-        "$python" analyze.py "$runs/$row-s0" --data-dir "$data" --out "$out" --num-images 1000 --features >"$out/log"
+        "$python" analyze.py "$(network "$row-s0")" --data-dir "$data" --out "$out" --num-images 1000 --features >"$out/log"
         cp "$out"/features*.png "figures/features-$row.png"
     done
 }

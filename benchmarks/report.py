@@ -15,7 +15,7 @@ import json
 import math
 from collections import ChainMap
 from functools import partial
-from itertools import cycle, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -61,7 +61,6 @@ class Network:
             if len({own[key] for own in evaluations if own.get(key) is not None}) > 1:
                 raise ValueError(f"the evaluations of {name} differ in {key}")
         self.name, self.facts = name, ChainMap(*reversed(evaluations))
-        self.seconds = sum(row.get("seconds", 0) for own in evaluations for row in own["attacks"].values())
         evaluations = sorted(evaluations, key=lambda own: own["n"], reverse=True)
         merged = lambda key: dict(ChainMap(*(own.get(key) or {} for own in evaluations)))  # noqa: E731
         self.attacks, self.verdicts, self.analyses = map(merged, ("attacks", "verdicts", "analyses"))
@@ -227,7 +226,7 @@ def claims(results: Results, rows: list[tuple]) -> str:
     for (claim, paper, _, other, _, figure, why), (own, text), adjusted in zip(rows, measured, holm(p), strict=True):
         word = verdict(own.points.value, figure, adjusted, other is None)
         about = f"n = {own.points.n:,}, {len(own.seeds)} seed{'s' * (len(own.seeds) > 1)}"
-        lines.append(f"| {claim} | {paper} | {text} ({about}) | **{word}** | {why} |")
+        lines.append(f"| {claim} | {paper} | {text} ({about}) | {word} | {why} |")
     alone, after = (sum(one < 0.05 for one in own) for own in (p, holm(p)))
     lines += ["", f"Of these {len(p)} tests {alone} have p < 0.05 alone, {after} after Holm's correction."]
     return "\n".join(lines)
@@ -287,10 +286,9 @@ def compare(results: Results, attacks: list[str], rows: list[tuple]) -> str:
 # --------------------------------------------------------------------------------------------------------- figures
 
 
-def setting(results: Results, models: list[str], with_eps: bool = True) -> str:
+def setting(results: Results, models: list[str]) -> str:
     facts = next(iter(results.rows(models, [])[0].values())).facts
-    eps = f" eps {facts['eps']:.3g}" if with_eps else ""
-    return f"{TITLES.get(facts['dataset'], facts['dataset'])}, {TITLES[facts['norm']]}{eps}"
+    return f"{TITLES.get(facts['dataset'], facts['dataset'])}, {TITLES[facts['norm']]} eps {facts['eps']:.3g}"
 
 
 def save(figure: Figure, path: Path, title: str) -> str:
@@ -303,10 +301,11 @@ def plot(at: list[float], series: dict[str, list[Estimate]], xlabel: str, ylabel
     """Each series has an estimate for each of `at`."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
-    for (name, estimates), marker in zip(series.items(), cycle("osD^v"), strict=False):
+    for i, (name, estimates) in enumerate(series.items()):
         value, low, high = np.array(estimates)[:, :3].T
-        style = {"label": name, "marker": marker, "markersize": 4, "linewidth": 1, "capsize": 2}
-        axis.errorbar(at, value, yerr=[value - low, high - value], **style)
+        style = {"label": name, "marker": "osD^v"[i], "markersize": 4, "linewidth": 1, "capsize": 2}
+        beside = 0.005 * (i - (len(series) - 1) / 2) * max(at)  # intervals must not hide each other
+        axis.errorbar(np.array(at) + beside, value, yerr=[value - low, high - value], **style)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
@@ -328,10 +327,11 @@ def curves(results: Results, out: Path, name: str, rows: list[tuple]) -> str:
     for label, model in rows:
         found = results.analyses(model, "curves")[0]
         curve = found.get("axes", found)["eps"]  # "axes" in older files
-        counts = np.min(list(curve["correct"].values()), axis=0)
-        series[label] = [accuracy(int(correct), found["n"]) for correct in counts]
-    about = f"{setting(results, [model for _, model in rows], False)}, {images([own[0] for own in series.values()])}"
-    return save(plot(curve["at"], series, "eps", f"accuracy (%)\n{about}"), out / name, "eps")
+        counts = np.min([*curve["correct"].values()], axis=0)
+        series[label] = [accuracy(int(count), found["n"]) for count in counts]
+    xlabel = f"{setting(results, [rows[0][1]]).split(' eps')[0]} eps; stronger of PGD-20 on cross-entropy and margin"
+    ylabel = f"accuracy (%), seed 0, {images([own[0] for own in series.values()])}"
+    return save(plot(curve["at"], series, xlabel, ylabel), out / name, "accuracy by eps")
 
 
 def main(out: Path = ROOT) -> None:

@@ -10,7 +10,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # processes that share the cores would wait for each other's threads
 python=${PYTHON:-python} runs=${RUNS:-runs/$dataset} data=${DATA:-data} seeds=${SEEDS:-0 1}
 results=benchmarks/results/$dataset
-command -v flock >/dev/null || { echo "flock is needed (util-linux)" >&2; exit 2; }
+for needed in flock "$python"; do
+    command -v "$needed" >/dev/null || { echo "$needed is needed" >&2; exit 2; }
+done
 
 evaluate() { # row, name of the evaluation, flags of eval_all.py
     measure eval_all.py "$@"
@@ -20,14 +22,16 @@ analyze() { # row, name of the analysis, flags of analyze.py
     measure analyze.py "$@"
 }
 
+network() { # row
+    [[ $1 != *-paper-* ]] && echo "$runs/$1" || echo "$runs/$1/last.pt" # as the paper's length is the claim's
+}
+
 measure() { # script, row, name, flags
     local out=$runs/evaluations/$2/$3 to=$results/$2/$3 file=eval.json
     [ "$1" = eval_all.py ] || file=analysis.json
     [ -e "$to/$file" ] && return
     mkdir -p "$out" "$to"
-    local network=$runs/$2
-    [[ $2 != *-paper-* ]] || network+=/last.pt # of the paper's length
-    "$python" "$1" "$network" --data-dir "$data" --out "$out" "${@:4}" >"$out/log"
+    "$python" "$1" "$(network "$2")" --data-dir "$data" --out "$out" "${@:4}" >"$out/log"
     [ "$1" != eval_all.py ] || cp "$out/verdicts.npz" "$to"
     cp "$out/$file" "$to/partial"
     mv "$to/partial" "$to/$file" # last, because this file marks the evaluation as complete
@@ -41,44 +45,37 @@ train() { # row, script and flags
     echo "${*:2}" >"$made"
 }
 
-do_row() { # row, kind, script and flags
-    flock -n 9 || return 0 # another process works on it
+do_row() { # row, kind, script and flags; file descriptor 9 is the row's lock
+    flock -n 9 || { [ -z "${redoing:-}" ] || echo "another process works on $1" >&2; return "${redoing:-0}"; }
     echo "$1"
-    [ -d "$results/$1" ] && [ ! -d "$runs/$1" ] && return # its results come from another machine
+    [ -z "${redoing:-}" ] || rm -rf {"$results","$runs/evaluations","$runs"}/"$1"
+    if [ -d "$results/$1" ] && [ ! -d "$runs/$1" ]; then
+        echo "skipped: its results come from another machine"
+        return
+    fi
     train "$1" "${@:3}"
     evaluations "$1" "$2"
 }
 
 redo() { # names of rows
-    local row seed failed=0
-    local -A made=() # the seeds of each row
+    local row failed=0
     [ $# -gt 0 ] || { echo "--redo needs the names of rows" >&2; exit 2; }
     check_names "$@"
-    mkdir -p "$runs"
     for row in "$@"; do
-        made[$row]=${SEEDS:-$(compgen -G "$results/$row-s[0-9]*" | sed 's/.*-s//' | sort -n || true)}
-        made[$row]=${made[$row]:-0}
-        for seed in ${made[$row]}; do # before anything is deleted
-            flock -n "$runs/$row-s$seed.lock" true || { echo "another process works on $row-s$seed" >&2; exit 2; }
-        done
-    done
-    for row in "$@"; do
-        for seed in ${made[$row]}; do
-            rm -rf {"$results","$runs/evaluations","$runs"}/"$row-s$seed"
-        done
+        local made=${SEEDS:-$(ls "$results" | sed -n "s/^${row//./\\.}-s\([0-9]*\)$/\1/p" | sort -n)}
         set +e # not `||`, which would switch `set -e` off inside
-        (set -e; seeds=${made[$row]}; do_rows "$row")
+        (set -e; seeds=${made:-0} redoing=1; do_rows "$row")
         [ $? = 0 ] || failed=1
         set -e
     done
-    seeds=$(printf '%s\n' "${made[@]}" | tr ' ' '\n' | sort -nu)
     return $failed
 }
 
 check_names() { # of rows
     local name
     for name in "$@"; do
-        grep -q "^$name " <<<"$rows" || { echo "no row $name" >&2; exit 2; }
+        awk -v name="$name" '$1 == name { found = 1 } END { exit !found }' <<<"$rows" ||
+            { echo "no row $name" >&2; exit 2; }
     done
 }
 

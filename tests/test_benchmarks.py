@@ -60,3 +60,23 @@ def test_the_scripts_accept_the_flags_of_all_rows(benchmarks, tmp_path, monkeypa
 def test_redo_repeats_the_seeds_that_a_row_has_and_a_row_that_fails_stops_no_other(benchmarks):
     assert benchmarks("--redo", "pgd-he-steps1") == (0, "", OLD | dict.fromkeys(ROWS[:2], "new"))
     assert benchmarks("--redo", "pgd-he-steps1", "pgd-he-steps2", FAILING="--steps 1 ") == (1, "", {ROWS[2]: "new"})
+
+
+def test_redo_stops_at_a_row_that_another_process_works_on_or_that_does_not_exist(benchmarks, tmp_path):
+    (tmp_path / "runs/digits").mkdir(parents=True)
+    lock = tmp_path / "runs/digits/pgd-he-steps1-s2.lock"
+    with subprocess.Popen(["flock", lock, "sleep", "60"]) as holder:
+        while subprocess.run(["flock", "-n", lock, "true"]).returncode == 0:
+            pass
+        code, message, results = benchmarks("--redo", "pgd-he-steps1")
+        holder.kill()
+    assert (code, message) == (1, "another process works on pgd-he-steps1-s2\n")
+    assert results == OLD | {"pgd-he-steps1-s0": "new"}
+    for name in ("pgd-he", "pgd.he.steps1", ""):
+        assert benchmarks("--redo", name)[:2] == (2, f"no row {name}\n")
+
+
+def test_rows_of_the_papers_length_are_evaluated_at_their_end(benchmarks, tmp_path):
+    assert benchmarks("weightpen-paper", "mmc", script="mnist", SEEDS="0")[0] == 0
+    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if not line.startswith("train")]
+    assert all("weightpen-paper-s0/last.pt " in call or "runs/mnist/mmc-s0 " in call for call in calls)
