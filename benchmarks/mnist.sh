@@ -61,8 +61,6 @@ mmc-paper              wp     train_mmc.py --feature-dim 0 --lr 0.01 --schedule 
 weightpen              wp     train_weightpen.py --lr 1e-3 --schedule multistep --epochs 8
 weightpen-relu         wp     train_weightpen.py --lr 1e-3 --schedule multistep --epochs 8 --activation relu
 mmc                    wp     train_mmc.py
-bfloat16               speed  train_pgd_he.py --limit 8000 --epochs 8 --eps-warmup 3 --amp
-float32                speed  train_pgd_he.py --limit 8000 --epochs 8 --eps-warmup 3 --no-amp
 "
 # NAME-paper has the paper's network, optimizer and length. On our CPU float32 trains these small networks faster.
 
@@ -85,7 +83,6 @@ evaluations() { # row, kind
         evaluate "$1" audit --attacks clean --audit
         analyze "$1" geodesic --num-images 1000 --geodesic
         ;;
-    speed) evaluate "$1" fast --attacks pgd-20,cw-inf ;;
     *)
         evaluate "$1" fast --attacks $fast
         evaluate "$1" strong --num-images 1000 --attacks $strong

@@ -4,9 +4,9 @@
     python benchmarks/peers.py runs/pgd_he-mnist-s0 --num-images 500
     PYTHONPATH=../RayS python benchmarks/peers.py runs/cnn-mnist-s0 --eps 0.1 --l2 1.5 --only rays    # their repository
 
-Both sides have equal settings. One rule judges them: whether the prediction is still correct on what they return, cut
-to the ball and to [0, 1]. Random starts and searches differ, so a few verdicts may. Packages that are not installed are
-left out. Not a test: nothing here passes or fails.
+Both sides have equal settings. One rule judges them: an image counts as correct if what they return is outside the
+ball, or is classified correctly, cut to [0, 1]. Random starts and searches differ, so a few verdicts may. Packages that
+are not installed are left out. Not a test: nothing here passes or fails.
 """
 
 import argparse

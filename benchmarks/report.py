@@ -7,8 +7,7 @@ count, each attack on the most images it was run on. The attack `A + B` is the w
 
 Accuracies are in %, intervals are 95 %: Wilson (1927) for an accuracy, Agresti & Min (2005) for the difference of two
 networks on the same images. Over several seeds we give the mean, and the interval from the lowest end of any seed to
-the highest. Two models differ, and their difference is bold, if the exact McNemar test has p < 0.05 for every seed and
-the worst seed of one is better than the best seed of the other. The claims are judged after Holm's correction (1979).
+the highest. A difference is bold if its p (see Difference) is below 0.05; claims are judged after Holm's correction.
 """
 
 import json
@@ -30,9 +29,6 @@ SETTING = ("dataset", "norm", "eps", "step_size", "restarts")  # must be equal f
 TITLES = {"mnist": "MNIST", "cifar10_jpeg": "CIFAR-10 (JPEG copy)", "linf": "Linf", "l2": "L2"}
 
 
-# --------------------------------------------------------------------------------------------------------- loading
-
-
 def read_evaluation(path: Path) -> dict:
     """An eval.json, and as "verdicts" for each attack an int8 array by index in the test set: 1 if the prediction is
     still correct, 0 if not, -1 if the image was not attacked. Of an analysis.json only the "analyses"."""
@@ -42,10 +38,11 @@ def read_evaluation(path: Path) -> dict:
         if path.name == "analysis.json":
             return {"n": result["n"], "attacks": {}, "analyses": next(iter(result["models"].values()))}
         with np.load(path.with_name("verdicts.npz")) as arrays:
-            result |= {"n": len(arrays["index"]), "verdicts": {}, "own_autoattack": '"right":' in text}
+            result |= {"n": len(arrays["index"]), "verdicts": {}}
             for attack in result["attacks"].keys() - {"worst case"}:
                 verdict = result["verdicts"][attack] = np.full(50_000, -1, dtype=np.int8)  # no test set is larger
                 verdict[arrays["index"]] = arrays[attack]
+                result["attacks"][attack]["own"] = '"right":' in text
                 if result["attacks"][attack]["correct"] != (verdict == 1).sum():
                     raise ValueError(f"verdicts.npz contradicts it on {attack}")
     except Exception as error:  # whatever a damaged file leads to; the message must name the file
@@ -82,6 +79,8 @@ class Results(dict[str, dict[int, Network]]):
             evaluations.setdefault("/".join(path.relative_to(folder).parts[:2]), []).append(read_evaluation(path))
         for model, own in evaluations.items():
             name, _, seed = model.rpartition("-s")
+            if name in evaluations:
+                raise ValueError(f"{name} and {model}: a name must not end like a seed")
             self[model] = {int(seed): Network(model, own)}
             self.setdefault(name, {}).update(self[model])
 
@@ -94,6 +93,8 @@ class Results(dict[str, dict[int, Network]]):
         for seeds in (self[model] for model in models):
             made = {attack for attack in attacks for network in seeds.values() if attack in network.verdicts}
             rows.append({seed: network for seed, network in seeds.items() if made <= network.verdicts.keys()})
+            if not rows[-1]:
+                raise ValueError(f"no seed of {models[len(rows) - 1]} has all of {', '.join(sorted(made))}")
         settings = {tuple(network.facts.get(key) for key in SETTING) for seeds in rows for network in seeds.values()}
         if len(settings) > 1:
             raise ValueError(f"{', '.join(models)} are not comparable, {', '.join(SETTING)} are {settings}")
@@ -107,11 +108,8 @@ class Results(dict[str, dict[int, Network]]):
         return found
 
 
-# ------------------------------------------------------------------------------------------------------ statistics
-
-
 class Estimate(NamedTuple):
-    """An accuracy in %, a difference in points or a median; its 95 % interval and the number of images."""
+    """An accuracy in % or a difference in points, its 95 % interval and the number of images."""
 
     value: float
     low: float
@@ -158,11 +156,9 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
     return Estimate(100 * (gained - lost) / n, low, high, n), p
 
 
-# -------------------------------------------------------------------------------------------------- text and tables
-
-
 class Difference(NamedTuple):
-    """In points, over `seeds`; p is the largest of McNemar's tests, or 1 if the ranges of two networks overlap."""
+    """In points, over `seeds`. p is the largest of McNemar's tests, but 1 if the seeds of two networks overlap, or if
+    those of one network under two attacks disagree in sign."""
 
     points: Estimate
     p: float
@@ -199,17 +195,19 @@ def holm(p: list[float]) -> list[float]:
 def verdict(value: float, figure: float, p: float, is_accuracy: bool) -> str:
     """Of our value beside the paper's figure. p tests a difference against 0, an accuracy against the figure."""
     half = abs(value) >= abs(figure) / 2
-    if is_accuracy:
-        return "reproduced" if p >= 0.05 or value >= figure else "smaller" if half else "refuted"
+    if is_accuracy and value >= figure:
+        return "reproduced"
     if p >= 0.05:
         return "not reproduced"
+    if is_accuracy:
+        return "smaller" if half else "refuted"
     return "refuted" if value * math.copysign(1, figure) < 0 else "reproduced" if half else "smaller"
 
 
 def claims(results: Results, rows: list[tuple]) -> str:
     """A line a claim: (claim, the paper's words, model, other model, attack, the paper's figure, a clause why). The
-    figure is a difference in points; without another model (none) an accuracy, and ours is the worst case on the
-    images of the attack."""
+    figure is a difference in points, 0 for one of unknown size; without another model (none) an accuracy, and ours is
+    the worst case on the images of the attack."""
     measured = []
     for _, _, model, other, attack, figure, _ in rows:
         if other is None:
@@ -228,7 +226,7 @@ def claims(results: Results, rows: list[tuple]) -> str:
         about = f"n = {own.points.n:,}, {len(own.seeds)} seed{'s' * (len(own.seeds) > 1)}"
         lines.append(f"| {claim} | {paper} | {text} ({about}) | {word} | {why} |")
     alone, after = (sum(one < 0.05 for one in own) for own in (p, holm(p)))
-    lines += ["", f"Of these {len(p)} tests {alone} have p < 0.05 alone, {after} after Holm's correction."]
+    lines += ["", f"Of these {len(p)} tests {alone} pass without Holm's correction, {after} with it."]
     return "\n".join(lines)
 
 
@@ -259,7 +257,7 @@ def table(results: Results, columns: list[str], rows: list[tuple]) -> str:
     found = results.rows([model for _, model, *_ in rows], columns)
     lines, estimates = [], {column: [] for column in columns}
     for (label, model, *_), seeds in zip(rows, found, strict=True):
-        own = any(network.facts["own_autoattack"] for network in seeds.values()) and "autoattack" in columns
+        own = "autoattack" in columns and any(network.attacks["autoattack"]["own"] for network in seeds.values())
         lines.append([f"{label} `{Path(model).name}`{' †' * own}", str(len(seeds))])
         for column in columns:
             text = audit(results, model) if column == "audit" else ""
@@ -281,9 +279,6 @@ def compare(results: Results, attacks: list[str], rows: list[tuple]) -> str:
         seeds = " / ".join(dict.fromkeys(", ".join(cell.seeds) for cell in cells))
         lines.append([label, seeds, *map(str, cells)])
     return markdown(attacks, lines, [paper for _, _, _, *paper in rows], "+.2f")
-
-
-# --------------------------------------------------------------------------------------------------------- figures
 
 
 def setting(results: Results, models: list[str]) -> str:
@@ -329,8 +324,9 @@ def curves(results: Results, out: Path, name: str, rows: list[tuple]) -> str:
         curve = found.get("axes", found)["eps"]  # "axes" in older files
         counts = np.min([*curve["correct"].values()], axis=0)
         series[label] = [accuracy(int(count), found["n"]) for count in counts]
-    xlabel = f"{setting(results, [rows[0][1]]).split(' eps')[0]} eps; stronger of PGD-20 on cross-entropy and margin"
-    ylabel = f"accuracy (%), seed 0, {images([own[0] for own in series.values()])}"
+    about = setting(results, [model for _, model in rows]).split(" eps")[0]
+    ylabel = f"accuracy (%), seed 0\n{about}, {images([own[0] for own in series.values()])}"
+    xlabel = "eps; the stronger of PGD-20 on the cross-entropy and on the margin"
     return save(plot(curve["at"], series, xlabel, ylabel), out / name, "accuracy by eps")
 
 

@@ -64,7 +64,7 @@ def test_holm_and_the_verdicts():
     assert difference == ["reproduced", "smaller", "refuted", "not reproduced"]
     assert report.verdict(-3, -4.0, 0.01, False) == "reproduced"
     accuracy = [report.verdict(value, 80.0, p, True) for value, p in ((79, 0.3), (90, 0), (40, 0), (39, 0))]
-    assert accuracy == ["reproduced", "reproduced", "smaller", "refuted"]
+    assert accuracy == ["not reproduced", "reproduced", "smaller", "refuted"]
 
 
 def test_claims_of_a_difference_and_of_an_accuracy(tmp_path):
@@ -73,13 +73,24 @@ def test_claims_of_a_difference_and_of_an_accuracy(tmp_path):
     write(tmp_path / "mnist/b-s0", {"clean": first(95), "pgd-20": first(60), "square": first(60)})
     rows = [("A", "+50", "mnist/a", "mnist/b", "pgd-20", 50.0, "why"), ("B", "90", "mnist/a", None, "square", 90.0, "")]
     text = report.claims(report.Results(tmp_path), rows).splitlines()
-    assert text[2].startswith("| A | +50 | +30.00 ± ") and text[2].endswith(
-        "(n = 100, 1 seed) | reproduced | why |"
-    )
+    assert text[2].startswith("| A | +50 | +30.00 ± ") and text[2].endswith("(n = 100, 1 seed) | reproduced | why |")
     assert text[3].startswith("| B | 90 | 20.00 ± ") and "| refuted |" in text[3]
-    assert text[-1] == "Of these 2 tests 2 have p < 0.05 alone, 2 after Holm's correction."
+    assert text[-1] == "Of these 2 tests 2 pass without Holm's correction, 2 with it."
     same = report.difference(report.Results(tmp_path), "mnist/a", "mnist/a", "square over pgd-20")
     assert str(same).startswith("**-70.00") and same.p < 1e-9
+
+
+def test_paired_difference_against_known_figures():
+    """10 images gained and 2 lost of 100: exact McNemar (2 of 12), and Agresti & Min's interval by hand."""
+    a, b = np.arange(100) < 60, (np.arange(100) < 50) | (np.arange(100) >= 98)
+    own, p = report.paired_difference(a, b)
+    assert p == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    half_width = 1.959964 * np.sqrt(12 + 1 - 64 / 102) / 102
+    assert (own.value, own.n) == (pytest.approx(8.0), 100)
+    assert (own.low, own.high) == (
+        pytest.approx(100 * (8 / 102 - half_width)),
+        pytest.approx(100 * (8 / 102 + half_width)),
+    )
 
 
 def test_worst_case_and_common_images(tmp_path):
