@@ -12,6 +12,7 @@ the highest. A difference is bold if its p (see Difference) is below 0.05; claim
 
 import json
 import math
+import sys
 from collections import ChainMap
 from functools import partial
 from itertools import zip_longest
@@ -22,7 +23,10 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval_all
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTING = ("dataset", "norm", "eps", "step_size", "restarts")  # must be equal for accuracies that stand side by side
@@ -146,16 +150,6 @@ def accuracy_under(seeds: dict[int, Network], attack: str, columns: tuple[str, .
     return over_seeds([accuracy(int((run == 1).sum()), int((run >= 0).sum())) for run in runs])
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
-    """Accuracy of a minus that of b, both (N,) bool on the same images: in points with its interval (Wald's, with half
-    an image more in each of the four cells), and p of the exact two-sided McNemar test."""
-    gained, lost, n = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
-    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    spread = norm.ppf(0.975) * np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2))
-    low, high = (100 * (gained - lost + side * spread) / (n + 2) for side in (-1, 1))
-    return Estimate(100 * (gained - lost) / n, low, high, n), p
-
-
 class Difference(NamedTuple):
     """In points, over `seeds`. p is the largest of McNemar's tests, but 1 if the seeds of two networks overlap, or if
     those of one network under two attacks disagree in sign."""
@@ -179,10 +173,11 @@ def difference(results: Results, a: str, b: str, attack: str) -> Difference:
     runs = [np.stack([net.under(own) for net, own in zip(pair, attacks, strict=True)]) for pair in pairs.values()]
     runs = [pair[:, (pair >= 0).all(axis=0)] == 1 for pair in runs]  # on the images that both have
     x, y = ([100 * int(pair[i].sum()) / pair.shape[1] for pair in runs] for i in (0, 1))
-    differences, p = zip(*(paired_difference(*pair) for pair in runs), strict=True)
+    tests = [eval_all.paired_difference(second, first) for first, second in runs]
+    differences = [Estimate(t["difference"], t["low"], t["high"], r.shape[1]) for t, r in zip(tests, runs, strict=True)]
     total = over_seeds(differences)._replace(value=fmean(x) - fmean(y))
     apart = min(x) > max(y) or max(x) < min(y) or (a == b and len({own.value > 0 for own in differences}) == 1)
-    return Difference(total, max(p) if apart else 1.0, [*pairs])
+    return Difference(total, max(test["p"] for test in tests) if apart else 1.0, [*pairs])
 
 
 def holm(p: list[float]) -> list[float]:

@@ -389,13 +389,6 @@ def test_attacked_images_are_kept_and_are_a_dataset_for_other_models(cli, tmp_pa
         assert figures(tmp_path / "again" / name)[1]["clean"] == before[1][name]
 
 
-def test_eval_csv_has_six_digits_and_a_row_for_each_attack(pixels, tmp_path):
-    rows = evaluate(Threshold(), *pixels, "fgsm", eps=8 / 255, folder=tmp_path)["attacks"]
-    lines = list(csv.DictReader(open(tmp_path / "eval.csv")))
-    assert [line["attack"] for line in lines] == ["clean", "fgsm", "worst case"]
-    assert lines[1]["accuracy"] == f"{rows['fgsm']['accuracy']:.6g}" == "66.6667" and lines[1]["eps"] == "0.0313725"
-
-
 def test_two_ranks_give_the_verdicts_of_one_process(tmp_path):
     flags = "--attacks noise,pgd-5,mta-3 --eps 0.2 --num-images 24 --batch-size 4 --restarts 2 --device cpu".split()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29533"]

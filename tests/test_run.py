@@ -319,14 +319,6 @@ def test_a_new_option_of_build_model_leaves_older_runs_as_they_are(finished, cli
     assert "gate of the network was False, now True" in refused("train_pgd_he", *flags)
 
 
-def test_a_gpu_that_torch_cannot_use_is_one_warning(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for gpu, lines in ((tmp_path / "none", 0), (tmp_path, 1)):
-        monkeypatch.setattr(common, "NVIDIA", gpu)
-        assert common.device_flag("auto") == "cpu" and capsys.readouterr().err.count("\n") == lines
-        assert train_pgd_he.parse_args(["--device", "cpu"]).device == "cpu" and not capsys.readouterr().err
-
-
 def test_schedules():
     expected = {
         "multistep": {0.74: 1, 0.75: 0.1, 0.89: 0.1, 0.9: 0.01},
