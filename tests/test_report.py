@@ -73,8 +73,7 @@ def test_claims_of_a_difference_and_of_an_accuracy(tmp_path):
     assert text[2].startswith("| A | +50 | +30.00 ± ") and text[2].endswith("(n = 100, 1 seed) | reproduced | why |")
     assert text[3].startswith("| B | 90 | 20.00 ± ") and "| refuted |" in text[3]
     assert text[-1] == "Of these 2 tests 2 pass without Holm's correction, 2 with it."
-    same = report.difference(report.Results(tmp_path), "mnist/a", "mnist/a", "square over pgd-20")
-    assert str(same).startswith("**-70.00") and same.p < 1e-9
+    assert str(report.difference(report.Results(tmp_path), *2 * ["mnist/a"], "square over pgd-20"))[:8] == "**-70.00"
 
 
 def test_worst_case_and_common_images(tmp_path):
