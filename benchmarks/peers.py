@@ -99,7 +99,7 @@ def our_attacks(eps: float, l2: float) -> dict[str, Callable]:
 
 
 def judge(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, norm: str, eps: float) -> tuple[Tensor, float]:
-    """Whether the images are correct in the ball (B,), and the median distance of those that are not correct at all."""
+    """Whether each image is correct, or outside the ball (B,), and the median distance of misclassified ones."""
     distance = (x_adv - x).flatten(1).norm(dim=1, p=2 if norm == "l2" else torch.inf)
     wrong = eval_all.predict(model, x_adv.clamp(0, 1)) != y
     return ~(wrong & (distance <= eps * (1 + 1e-4))), float(distance[wrong].median()) if wrong.any() else float("nan")
@@ -150,7 +150,7 @@ def main() -> None:
     clean = eval_all.predict(model, x) == y
     accuracy = 100 * float(clean.float().mean())
     print(f"{args.checkpoint}: clean {accuracy:.1f} %, n = {len(y)}; eps {args.eps}, L2 {args.l2}")
-    for line in compare(model.eval(), x, y, args):
+    for line in compare(model, x, y, args):
         print(line, flush=True)
 
 

@@ -130,9 +130,9 @@ def over_seeds(estimates: list[Estimate]) -> Estimate:
     return Estimate(fmean(value), min(low), max(high), min(n))
 
 
-def accuracy(correct: int, n: int) -> Estimate:
-    interval = binomtest(correct, n).proportion_ci(method="wilson")
-    return Estimate(100 * correct / n, 100 * interval.low, 100 * interval.high, n)
+def accuracy(correct: np.ndarray) -> Estimate:
+    own = eval_all.accuracy(correct)
+    return Estimate(own["accuracy"], own["low"], own["high"], own["n"])
 
 
 def accuracy_under(seeds: dict[int, Network], attack: str, columns: tuple[str, ...] = ()) -> Estimate:
@@ -147,7 +147,7 @@ def accuracy_under(seeds: dict[int, Network], attack: str, columns: tuple[str, .
             faced.append({name for name in inside if (network.verdicts[name][shared] >= 0).all()})
         attack = " + ".join(set.intersection(*faced))
     runs = [network.under(attack) for network in seeds.values()]
-    return over_seeds([accuracy(int((run == 1).sum()), int((run >= 0).sum())) for run in runs])
+    return over_seeds([accuracy(run[run >= 0] == 1) for run in runs])
 
 
 class Difference(NamedTuple):
@@ -215,11 +215,13 @@ def claims(results: Results, rows: list[tuple]) -> str:
             own = difference(results, model, other, attack)
             measured.append((own, str(own).strip("*")))
     p = [own.p for own, _ in measured]
-    lines = ["| claim | the paper | ours | verdict | why |", "| --- | --- | --- | --- | --- |"]
-    for (claim, paper, _, other, _, figure, why), (own, text), adjusted in zip(rows, measured, holm(p), strict=True):
+    lines = ["| claim | the paper | ours | verdict | why | rows |", "| --- | --- | --- | --- | --- | --- |"]
+    for (claim, paper, model, other, _, figure, why), (own, text), adjusted in zip(
+        rows, measured, holm(p), strict=True
+    ):
         word = verdict(own.points.value, figure, adjusted, other is None)
         about = f"n = {own.points.n:,}, {len(own.seeds)} seed{'s' * (len(own.seeds) > 1)}"
-        lines.append(f"| {claim} | {paper} | {text} ({about}) | {word} | {why} |")
+        lines.append(f"| {claim} | {paper} | {text} ({about}) | {word} | {why} | {row_names(model, other)} |")
     alone, after = (sum(one < 0.05 for one in own) for own in (p, holm(p)))
     lines += ["", f"Of these {len(p)} tests {alone} pass without Holm's correction, {after} with it."]
     return "\n".join(lines)
@@ -243,6 +245,10 @@ def markdown(heads: list[str], rows: list[list[str]], paper: list[list[float | N
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def row_names(*models: str | None) -> str:
+    return ", ".join(dict.fromkeys(f"`{Path(model).name}`" for model in models if model))
+
+
 def images(estimates: list[Estimate]) -> str:
     return f"n = {' / '.join(f'{n:,}' for n in sorted({estimate.n for estimate in estimates}))}"
 
@@ -253,7 +259,7 @@ def table(results: Results, columns: list[str], rows: list[tuple]) -> str:
     lines, estimates = [], {column: [] for column in columns}
     for (label, model, *_), seeds in zip(rows, found, strict=True):
         own = "autoattack" in columns and any(network.attacks["autoattack"]["own"] for network in seeds.values())
-        lines.append([f"{label} `{Path(model).name}`{' †' * own}", str(len(seeds))])
+        lines.append([f"{label} {row_names(model)}{' †' * own}", str(len(seeds))])
         for column in columns:
             text = audit(results, model) if column == "audit" else ""
             if column == "worst case" or all(column in network.verdicts for network in seeds.values()):
@@ -268,12 +274,15 @@ def table(results: Results, columns: list[str], rows: list[tuple]) -> str:
 
 def compare(results: Results, attacks: list[str], rows: list[tuple]) -> str:
     """Differences in points. Rows are label, two models, and the paper's difference for each attack."""
-    lines = []
+    lines, points = [], {attack: [] for attack in attacks}
     for label, a, b, *_ in rows:
         cells = [difference(results, a, b, attack) for attack in attacks]
+        for attack, cell in zip(attacks, cells, strict=True):
+            points[attack].append(cell.points)
         seeds = " / ".join(dict.fromkeys(", ".join(cell.seeds) for cell in cells))
-        lines.append([label, seeds, *map(str, cells)])
-    return markdown(attacks, lines, [paper for _, _, _, *paper in rows], "+.2f")
+        lines.append([f"{label} {row_names(a, b)}", seeds, *map(str, cells)])
+    heads = [f"{attack}<br>{images(own)}" for attack, own in points.items()]
+    return markdown(heads, lines, [paper for _, _, _, *paper in rows], "+.2f")
 
 
 def setting(results: Results, models: list[str]) -> str:
@@ -318,7 +327,7 @@ def curves(results: Results, out: Path, name: str, rows: list[tuple]) -> str:
         found = results.analyses(model, "curves")[0]
         curve = found.get("axes", found)["eps"]  # "axes" in older files
         counts = np.min([*curve["correct"].values()], axis=0)
-        series[label] = [accuracy(int(count), found["n"]) for count in counts]
+        series[label] = [accuracy(np.arange(found["n"]) < count) for count in counts]
     about = setting(results, [model for _, model in rows]).split(" eps")[0]
     ylabel = f"accuracy (%), seed 0\n{about}, {images([own[0] for own in series.values()])}"
     xlabel = "eps; the stronger of PGD-20 on the cross-entropy and on the margin"

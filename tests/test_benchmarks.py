@@ -54,6 +54,7 @@ def test_the_scripts_accept_the_flags_of_all_rows(benchmarks, tmp_path, monkeypa
     for name, *argv in map(str.split, (tmp_path / "calls").read_text().splitlines()):
         with pytest.raises(Parsed) as parsed:
             importlib.import_module(name.removesuffix(".py")).main(argv)
+        assert name.startswith("train") or ("-paper-s0" in argv[0]) == argv[0].endswith("/last.pt")
         if name == "eval_all.py":
             assert all(eval_all.find_attack(attack) for attack in parsed.value.args[0].attacks.split(","))
 
@@ -71,9 +72,3 @@ def test_redo_stops_at_a_row_that_another_process_works_on_or_that_does_not_exis
     assert (code, message, results) == (1, "another process works on pgd-he-steps1-s2\n", OLD | {ROWS[0]: "new"})
     for name in ("pgd-he", "pgd.he.steps1", ""):
         assert benchmarks("--redo", name)[:2] == (2, f"no row {name}\n")
-
-
-def test_rows_of_the_papers_length_are_evaluated_at_their_end(benchmarks, tmp_path):
-    assert benchmarks("weightpen-paper", "mmc", script="mnist", SEEDS="0")[0] == 0
-    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if not line.startswith("train")]
-    assert all("weightpen-paper-s0/last.pt " in call or "runs/mnist/mmc-s0 " in call for call in calls)

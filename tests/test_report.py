@@ -70,10 +70,12 @@ def test_claims_of_a_difference_and_of_an_accuracy(tmp_path):
     write(tmp_path / "mnist/b-s0", {"clean": first(95), "pgd-20": first(60), "square": first(60)})
     rows = [("A", "+50", "mnist/a", "mnist/b", "pgd-20", 50.0, "why"), ("B", "90", "mnist/a", None, "square", 90.0, "")]
     text = report.claims(report.Results(tmp_path), rows).splitlines()
-    assert text[2].startswith("| A | +50 | +30.00 ± ") and text[2].endswith("(n = 100, 1 seed) | reproduced | why |")
+    assert text[2].startswith("| A | +50 | +30.00 ± ") and text[2].endswith(
+        "(n = 100, 1 seed) | reproduced | why | `a`, `b` |"
+    )
     assert text[3].startswith("| B | 90 | 20.00 ± ") and "| refuted |" in text[3]
     assert text[-1] == "Of these 2 tests 2 pass without Holm's correction, 2 with it."
-    assert str(report.difference(report.Results(tmp_path), *2 * ["mnist/a"], "square over pgd-20"))[:8] == "**-70.00"
+    assert report.difference(report.Results(tmp_path), *2 * ["mnist/a"], "square over pgd-20").points.value == -70
 
 
 def test_worst_case_and_common_images(tmp_path):

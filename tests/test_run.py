@@ -444,16 +444,21 @@ def test_a_compiled_model_trains_to_the_same_loss_and_its_checkpoint_loads(cli, 
 
 # Wrong input: one line on stderr, exit code 2.
 
-BAD_FLAGS = {
-    "argument --eps: '8/0' is not a number (float) from 0 to 1": ["--eps", "8/0"],
-    "argument --eps: '8' is not a number (float) from 0 to 1": ["--eps", "8"],
-    "argument --steps: '2.5' is not a number (int)": ["--steps", "2.5"],
-    "argument --device: 'tpu' is not available": ["--device", "tpu"],
-    "--batch-size 5000": ["--batch-size", "5000"],
-    "argument --head: invalid choice: 'cosine'": ["--head", "cosine"],
-    "head he alone": ["--head", "mhe", "--no-fn"],
-    "Not a directory": ["--out", __file__ + "/run"],
-}
+
+def test_a_bad_flag_is_one_line(refused):
+    bad = {
+        "argument --eps: '8/0' is not a number (float) from 0 to 1": ["--eps", "8/0"],
+        "argument --eps: '8' is not a number (float) from 0 to 1": ["--eps", "8"],
+        "argument --steps: '2.5' is not a number (int)": ["--steps", "2.5"],
+        "argument --device: 'tpu' is not available": ["--device", "tpu"],
+        "--batch-size 5000": ["--batch-size", "5000"],
+        "argument --head: invalid choice: 'cosine'": ["--head", "cosine"],
+        "head he alone": ["--head", "mhe", "--no-fn"],
+        "Not a directory": ["--out", __file__ + "/run"],
+    }
+    for complaint, flags in bad.items():
+        line = refused("train_pgd_he", *flags)
+        assert complaint in line and line.startswith("train_pgd_he.py: error: ")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
