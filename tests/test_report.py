@@ -52,8 +52,7 @@ def test_models_differ_if_every_seed_says_so_and_the_seeds_do_not_overlap(tmp_pa
     results = report.Results(tmp_path)
     own = str(report.difference(results, "mnist/a", "mnist/b", "clean"))
     assert re.fullmatch(re.escape(points) + r" ± \d+\.\d\d(\*\*)?", own) and own.count("**") in (0, 2)
-    if len(a) == 2:
-        assert report.difference(results, "mnist/a-s1", "mnist/a-s0", "clean").seeds == ["1 over 0"]
+    assert len(a) == 1 or report.difference(results, "mnist/a-s1", "mnist/a-s0", "clean").seeds == ["1 over 0"]
 
 
 def test_holm_and_the_verdicts():
@@ -84,8 +83,7 @@ def test_worst_case_and_common_images(tmp_path):
     few = np.array([10, 40, 65, 99])
     write(tmp_path / "mnist/a-s0/strong", {"clean": few < 95, "square": few % 2 == 0, "cw-l2": few < 0}, few)
     results = report.Results(tmp_path)
-    both = report.accuracy_under(results["mnist/a-s0"], "pgd-20 + square")
-    assert (both.value, both.n) == (50.0, 4)  # 10 and 40 of 4
+    assert report.accuracy_under(results["mnist/a-s0"], "pgd-20 + square")[::3] == (50.0, 4)  # 10 and 40 of 4
     row = report.table(results, ["clean", "worst case"], [("A", "mnist/a", 99.1)]).splitlines()[-1]
     assert re.fullmatch(r"\| A `a` \| 1 \| 95\.00 ± \S+ <sub>99\.10</sub> \| 60\.00 ± \S+ \|", row)  # not square
     row = report.table(results, ["square", "worst case"], [("A", "mnist/a")]).splitlines()[-1]
