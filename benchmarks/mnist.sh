@@ -81,7 +81,7 @@ evaluations() { # row, kind
         evaluate "$1" iterated --num-images 2000 --attacks pgd-20,pgd-100@0.01
         evaluate "$1" strong --num-images 1000 --batch-size 100 --attacks square,autoattack
         evaluate "$1" audit --attacks clean --audit
-        analyze "$1" geodesic --num-images 1000 --geodesic
+        [[ $1 == cnn* ]] || analyze "$1" geodesic --num-images 1000 --geodesic
         ;;
     *)
         evaluate "$1" fast --attacks $fast

@@ -259,7 +259,7 @@ def table(results: Results, columns: list[str], rows: list[tuple]) -> str:
     lines, estimates = [], {column: [] for column in columns}
     for (label, model, *_), seeds in zip(rows, found, strict=True):
         own = "autoattack" in columns and any(network.attacks["autoattack"]["own"] for network in seeds.values())
-        lines.append([f"{label} {row_names(model)}{' †' * own}", str(len(seeds))])
+        lines.append([f"{label} {row_names(model)}{' †' * own}", ", ".join(map(str, seeds))])
         for column in columns:
             text = audit(results, model) if column == "audit" else ""
             if column == "worst case" or all(column in network.verdicts for network in seeds.values()):

@@ -85,6 +85,6 @@ def test_worst_case_and_common_images(tmp_path):
     results = report.Results(tmp_path)
     assert report.accuracy_under(results["mnist/a-s0"], "pgd-20 + square")[::3] == (50.0, 4)  # 10 and 40 of 4
     row = report.table(results, ["clean", "worst case"], [("A", "mnist/a", 99.1)]).splitlines()[-1]
-    assert re.fullmatch(r"\| A `a` \| 1 \| 95\.00 ± \S+ <sub>99\.10</sub> \| 60\.00 ± \S+ \|", row)  # not square
+    assert re.fullmatch(r"\| A `a` \| 0 \| 95\.00 ± \S+ <sub>99\.10</sub> \| 60\.00 ± \S+ \|", row)  # not square
     row = report.table(results, ["square", "worst case"], [("A", "mnist/a")]).splitlines()[-1]
     assert [cell.split(" ")[1] for cell in row.split("|")[3:5]] == ["50.00", "50.00"]
