@@ -72,8 +72,7 @@ def make_npz(tmp_path):
 def small_model():
     """An untrained HE network on 8x8 gray images, with batch norm, scale 15 and margin 0.2, in eval mode."""
     torch.manual_seed(0)
-    model = models.build_model("wrn-10-1", 10, 1, image_size=8, head="he", scale=15.0, margin=0.2)
-    return model.eval()
+    return models.build_model("wrn-10-1", 10, 1, image_size=8, head="he", scale=15.0, margin=0.2).eval()
 
 
 @pytest.fixture
