@@ -424,12 +424,12 @@ def add_head_flags(parser: Parser, argv: list[str] | None, margins: dict[str, fl
 
 def finish_args(args: argparse.Namespace, method: str) -> argparse.Namespace:
     """Fill the defaults that depend on other flags, name the run after its method, and join the other ranks."""
+    torch.set_flush_denormal(True)  # denormal gradients of a fitted network slow CPUs; before torch starts its threads
     args.method, args.device = method, init_distributed(args.device)
     args.out = args.out or f"runs/{method}-{Path(args.dataset).name.removesuffix('.npz')}-s{args.seed}"
     args.amp = supports_bf16(args.device) if args.amp is None else args.amp
     small = args.arch.startswith(("small_cnn", "dsphere", "alexnet"))  # too short for a compiler to gain much
-    usual = args.device.startswith("cuda") and not small
-    args.compile = usual if args.compile is None else args.compile
+    args.compile = args.device.startswith("cuda") and not small if args.compile is None else args.compile
     try:
         torch.compile(lambda x: (2 * x).relu(), disable=not args.compile)(torch.ones(9, device=args.device))
     except Exception as error:  # it needs a C compiler; each part of it has exceptions of its own

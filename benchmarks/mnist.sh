@@ -98,7 +98,9 @@ evaluations() { # row, kind
         ;;
     esac
     case $1 in
-    cnn-paper-s0) evaluate "$1" table7 --attacks pgd-1@0.075,pgd-1-fn@0.075,pgd-2@0.075,pgd-2-fn@0.075 ;; # of HE
+    cnn-paper-s0) # HE's Table 7
+        evaluate "$1" table7 --attacks pgd-1@0.075,pgd-1-fn@0.075,pgd-2@0.075,pgd-2-fn@0.075,cw-inf-2@0.075
+        ;;
     pgd-s0 | pgd-he-s0 | angular-s0 | weightpen-s0 | weightpen-paper-s0 | mmc-s0) # one network a method
         analyze "$1" curves --num-images 500 --curves
         ;;
