@@ -92,13 +92,13 @@ class Results(dict[str, dict[int, Network]]):
         raise ValueError(f"there is no evaluation of {model}")
 
     def rows(self, models: list[str], attacks: list[str]) -> list[dict[int, Network]]:
-        """The seeds of each model, without those that lack an attack which another seed of it has."""
-        rows = []
-        for seeds in (self[model] for model in models):
+        """The seeds of each model. An attack that one seed of a model has, all seeds of it must have."""
+        rows = [self[model] for model in models]
+        for seeds in rows:
             made = {attack for attack in attacks for network in seeds.values() if attack in network.verdicts}
-            rows.append({seed: network for seed, network in seeds.items() if made <= network.verdicts.keys()})
-            if not rows[-1]:
-                raise ValueError(f"no seed of {models[len(rows) - 1]} has all of {', '.join(sorted(made))}")
+            for network in seeds.values():
+                if missing := made - network.verdicts.keys():
+                    raise ValueError(f"there is no evaluation of {network.name} under {', '.join(sorted(missing))}")
         settings = {tuple(network.facts.get(key) for key in SETTING) for seeds in rows for network in seeds.values()}
         if len(settings) > 1:
             raise ValueError(f"{', '.join(models)} are not comparable, {', '.join(SETTING)} are {settings}")

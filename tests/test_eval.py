@@ -290,8 +290,7 @@ def test_amp_crafts_in_bfloat16_and_the_verdict_is_float32():
     model, x, y = digits("he", 40)
     inside = []
     model.register_forward_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
-    names = "rays,zoo,spsa-3,cw-inf-10,pgd-10"
-    few = {name: eval_all.find_attack(name) for name in names.split(",")}
+    few = {name: eval_all.find_attack(name) for name in ("rays", "zoo", "spsa-3", "cw-inf-10", "pgd-10")}
     for name in ("rays", "zoo"):
         few[name] = replace(few[name], run=partial(few[name].run, queries=300))
     exact = evaluate(model, x, y, few, eps=0.1)["attacks"]
