@@ -177,6 +177,15 @@ def test_restarts_in_a_name_are_of_that_attack_alone():
         eval_all.find_attack("deepfool-50x2")
 
 
+def test_fab_is_the_untargeted_one_with_20_iterations(monkeypatch):
+    seen, model = [], Net()
+    note = lambda fab, x, y: seen.append((fab.targeted, fab.n_iter)) or x  # noqa: E731
+    monkeypatch.setattr("pyautoattack.fab_base.FABAttack.perturb", note)
+    for name in ("fab", "fab-t"):
+        ATTACKS[name](model, *images(3, model), eps=0.1)
+    assert seen == [(False, 20), (True, 100)]
+
+
 def test_a_preset_skips_what_does_not_fit_and_a_name_is_an_error(capsys):
     plain, maps = nn.Sequential(nn.Flatten(), nn.Linear(108, 5)), Net()
     maps.body, maps.fc = nn.Conv2d(3, 2, 3), nn.Sequential(nn.Flatten(), nn.Linear(32, 5))  # as in torchvision's VGG

@@ -132,7 +132,6 @@ def test_floats_in_any_layout_and_size_and_test_images_alone(make_npz, shape, dt
 
 
 # Images in files: three classes, each of one color.
-
 COLORS = {"n01": (200, 30, 30), "n02": (30, 200, 30), "n03": (30, 30, 200)}
 
 

@@ -188,7 +188,8 @@ def test_an_interrupted_evaluation_attacks_only_the_missing_batches(tmp_path):
     assert second.calls == whole.calls - 2 == 3
     assert np.array_equal(resumed["verdicts"]["mine"], uninterrupted["verdicts"]["mine"])
     assert resumed["attacks"]["mine"]["queries"] == uninterrupted["attacks"]["mine"]["queries"]
-    assert (tmp_path / "a" / "eval.csv").exists()
+    lines = {line["attack"]: line["accuracy"] for line in csv.DictReader(open(tmp_path / "a" / "eval.csv"))}
+    assert lines == {name: f"{row['accuracy']:.6g}" for name, row in resumed["attacks"].items()}
 
 
 def test_results_add_up_and_those_of_other_settings_are_kept_apart(tmp_path):

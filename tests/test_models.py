@@ -130,8 +130,6 @@ def test_a_released_default_never_changes():
 
 
 # The published TRADES / MART / HE WideResNet, from its names and the equations alone.
-
-
 def published_forward(state, x, blocks, he):
     def norm_relu(out, name):
         running = state[f"{name}.running_mean"], state[f"{name}.running_var"]

@@ -57,9 +57,7 @@ def copy(finished, tmp_path):
     ("train_abcl --adversarial", signal.SIGTERM, 143),
     ("train_pgd_he --ema 0.9 --optimizer adamw", signal.SIGTERM, 143),
 ])  # fmt: skip
-def test_a_run_stopped_in_mid_epoch_and_resumed_equals_an_uninterrupted_one(
-    cli, tmp_path, monkeypatch, command, number, code
-):
+def test_a_run_stopped_in_mid_epoch_resumes_as_if_uninterrupted(cli, tmp_path, monkeypatch, command, number, code):
     """In the second of three batches. A second signal ends the run at once, and costs the epoch."""
     script, *flags = command.split()
     flags, batches = [*FEW, *flags, "--epochs", "2", "--out"], common.Run.batches
@@ -319,6 +317,14 @@ def test_a_new_option_of_build_model_leaves_older_runs_as_they_are(finished, cli
     assert "gate of the network was False, now True" in refused("train_pgd_he", *flags)
 
 
+def test_a_gpu_that_torch_cannot_use_is_one_warning(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for gpu, lines in ((tmp_path / "none", 0), (tmp_path, 1)):
+        monkeypatch.setattr(common, "NVIDIA", gpu)
+        assert common.device_flag("auto") == "cpu" and capsys.readouterr().err.count("\n") == lines
+        assert train_pgd_he.parse_args(["--device", "cpu"]).device == "cpu" and not capsys.readouterr().err
+
+
 def test_schedules():
     expected = {
         "multistep": {0.74: 1, 0.75: 0.1, 0.89: 0.1, 0.9: 0.01},
@@ -350,12 +356,8 @@ def test_rate_eps_and_step_size_change_step_by_step(cli, tmp_path, monkeypatch, 
     ("train_weightpen", 1), ("train_mmc", 1), ("train_dsphere", 1), ("train_pgd_he", 2),
     ("train_abcl --adversarial", 2), ("train_dsphere --train fgsm", 2),
 ])  # fmt: skip
-def test_best_pt_is_the_most_robust_epoch_or_of_natural_training_the_most_accurate(
-    cli, tmp_path, monkeypatch, command, best
-):
-    held_out = iter(
-        [(90.0, 10.0, 20.0), (80.0, 50.0, 20.0), (80.0, 50.0, 20.0)]
-    )  # the last is no better than the one before
+def test_best_pt_is_the_most_robust_epoch_or_the_most_accurate(cli, tmp_path, monkeypatch, command, best):
+    held_out = iter([(90.0, 10.0, 20.0), (80.0, 50.0, 20.0), (80.0, 50.0, 20.0)])  # the last is no better
     monkeypatch.setattr(common.Run, "_held_out", lambda run: next(held_out))
     flags = ["--limit", "132", "--batch-size", "32", "--steps", "1", "--epochs", "3", "--out", tmp_path / "run"]
     assert cli(*command.split(), *flags)[0] == 0
@@ -443,8 +445,6 @@ def test_a_compiled_model_trains_to_the_same_loss_and_its_checkpoint_loads(cli, 
 
 
 # Wrong input: one line on stderr, exit code 2.
-
-
 def test_a_bad_flag_is_one_line(refused):
     bad = {
         "argument --eps: '8/0' is not a number (float) from 0 to 1": ["--eps", "8/0"],

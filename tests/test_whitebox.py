@@ -103,8 +103,6 @@ def test_mta_on_an_mmc_model_ascends_the_targets_logit(monkeypatch):
 
 
 # The losses that the variants of PGD ascend, on an HE model: its logits are cosines, s = 15, m = 0.2.
-
-
 def margin(logits, y):
     others = logits.masked_fill(F.one_hot(y, logits.shape[1]).bool(), -math.inf)
     return others.max(1).values - logits[torch.arange(len(y)), y]
