@@ -77,7 +77,7 @@ evaluations() { # row, kind
         analyze "$1" angles --angles
         ;;
     sphere) # these networks take four times as long as small_cnn; small batches stay in the caches
-        evaluate "$1" fast --attacks fgsm
+        evaluate "$1" fast --attacks noise,fgsm
         evaluate "$1" iterated --num-images 2000 --attacks pgd-20,pgd-100@0.01
         evaluate "$1" strong --num-images 1000 --batch-size 100 --attacks square,autoattack
         evaluate "$1" audit --attacks clean --audit
