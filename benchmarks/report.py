@@ -13,7 +13,7 @@ the highest. A difference is bold if its p (see Difference) is below 0.05; claim
 import json
 import math
 import sys
-from collections import ChainMap
+from collections import ChainMap, Counter
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -215,15 +215,15 @@ def claims(results: Results, rows: list[tuple]) -> str:
             own = difference(results, model, other, attack)
             measured.append((own, str(own).strip("*")))
     p = [own.p for own, _ in measured]
+    tests = zip(rows, measured, holm(p), strict=True)
+    words = [verdict(own.points.value, row[5], adjusted, row[3] is None) for row, (own, _), adjusted in tests]
     lines = ["| claim | the paper | ours | verdict | why | rows |", "| --- | --- | --- | --- | --- | --- |"]
-    for (claim, paper, model, other, _, figure, why), (own, text), adjusted in zip(
-        rows, measured, holm(p), strict=True
-    ):
-        word = verdict(own.points.value, figure, adjusted, other is None)
+    for (claim, paper, model, other, _, _, why), (own, text), word in zip(rows, measured, words, strict=True):
         about = f"n = {own.points.n:,}, {len(own.seeds)} seed{'s' * (len(own.seeds) > 1)}"
         lines.append(f"| {claim} | {paper} | {text} ({about}) | {word} | {why} | {row_names(model, other)} |")
+    tally = ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
     alone, after = (sum(one < 0.05 for one in own) for own in (p, holm(p)))
-    lines += ["", f"Of these {len(p)} tests {alone} pass without Holm's correction, {after} with it."]
+    lines += ["", f"{len(p)} claims: {tally}. p < 0.05: {alone} without Holm's correction, {after} with it."]
     return "\n".join(lines)
 
 

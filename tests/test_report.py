@@ -73,7 +73,7 @@ def test_claims_of_a_difference_and_of_an_accuracy(tmp_path):
     assert text[2].startswith("| A | +50 | +30.00 ± ")
     assert text[2].endswith("(n = 100, 1 seed) | reproduced | why | `a`, `b` |")
     assert text[3].startswith("| B | 90 | 20.00 ± ") and "| refuted |" in text[3]
-    assert text[-1] == "Of these 2 tests 2 pass without Holm's correction, 2 with it."
+    assert text[-1] == "2 claims: 1 reproduced, 1 refuted. p < 0.05: 2 without Holm's correction, 2 with it."
     same = report.difference(report.Results(tmp_path), *2 * ["mnist/a"], "square over pgd-20")
     assert same.points.value == -70 and same.p < 1e-9
 
