@@ -190,7 +190,7 @@ def feature_map(model: eval_all.Model, x: Tensor, x_adv: Tensor, y: Tensor, args
         right.scatter(*moved[(label == k) & ~correct].T, s=14, color=color, marker="x", linewidths=0.8)
     left.set_xlabel(f"{method}, clean")
     right.set_xlabel(f"{method}, attacked (x: misclassified, gray: clean)")
-    figure.legend(loc="outside right center", title="class", fontsize=8, markerscale=2)
+    figure.legend(loc="outside right center", title="true class", fontsize=8, markerscale=2)
     figure.suptitle(f"{model.name}: {args.ball}, PGD-20, n = {len(y):,}", fontsize=9)
     figure.savefig(args.out / f"features-{model.name}.png", dpi=150)
     shown = {"label": label, "correct_attacked": correct, "clean": clean, "attacked": moved}

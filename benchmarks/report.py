@@ -120,9 +120,8 @@ class Estimate(NamedTuple):
     high: float
     n: int
 
-    @property
-    def half_width(self) -> float:
-        return max(self.high - self.value, self.value - self.low)  # the longer side
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ± {max(self.high - self.value, self.value - self.low):.2f}"  # the longer side
 
 
 def over_seeds(estimates: list[Estimate]) -> Estimate:
@@ -159,8 +158,9 @@ class Difference(NamedTuple):
     seeds: list[str]
 
     def __str__(self) -> str:
-        mark = "**" if self.p < 0.05 else ""
-        return f"{mark}{round(self.points.value, 2) + 0.0:+.2f} ± {self.points.half_width:.2f}{mark}"  # + 0.0: no -0.00
+        text = str(self.points).replace("-0.00", "0.00")
+        text = text if text.startswith("-") else f"+{text}"
+        return f"**{text}**" if self.p < 0.05 else text
 
 
 def difference(results: Results, a: str, b: str, attack: str) -> Difference:
@@ -206,25 +206,27 @@ def claims(results: Results, rows: list[tuple]) -> str:
     measured = []
     for _, _, model, other, attack, figure, _ in rows:
         if other is None:
-            seeds = results.rows([model], [attack])[0].items()
-            own = [accuracy_under({seed: network}, "worst case", (attack,)) for seed, network in seeds]
+            seeds = results.rows([model], [attack])[0]
+            own = [accuracy_under({seed: network}, "worst case", (attack,)) for seed, network in seeds.items()]
             p = max(binomtest(round(one.value * one.n / 100), one.n, figure / 100).pvalue for one in own)
-            own = Difference(over_seeds(own), p, [str(seed) for seed, _ in seeds])
-            measured.append((own, f"{own.points.value:.2f} ± {own.points.half_width:.2f}"))
+            measured.append(Difference(over_seeds(own), p, [*map(str, seeds)]))
         else:
-            own = difference(results, model, other, attack)
-            measured.append((own, str(own).strip("*")))
-    p = [own.p for own, _ in measured]
-    tests = zip(rows, measured, holm(p), strict=True)
-    words = [verdict(own.points.value, row[5], adjusted, row[3] is None) for row, (own, _), adjusted in tests]
+            measured.append(difference(results, model, other, attack))
+    before = [own.p for own in measured]
+    after, words, undecided = holm(before), Counter(), 0
     lines = ["| claim | the paper | ours | verdict | why | rows |", "| --- | --- | --- | --- | --- | --- |"]
-    for (claim, paper, model, other, _, _, why), (own, text), word in zip(rows, measured, words, strict=True):
+    for (claim, paper, model, other, _, figure, why), own, p in zip(rows, measured, after, strict=True):
+        word = verdict(own.points.value, figure, p, other is None)
+        words[word] += 1
+        undecided += word == "not reproduced" and figure != 0 and own.points.low <= figure <= own.points.high
+        text = str(own.points) if other is None else str(own).strip("*")
         about = f"n = {own.points.n:,}, {len(own.seeds)} seed{'s' * (len(own.seeds) > 1)}"
         lines.append(f"| {claim} | {paper} | {text} ({about}) | {word} | {why} | {row_names(model, other)} |")
-    tally = ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
-    alone, after = (sum(one < 0.05 for one in own) for own in (p, holm(p)))
-    lines += ["", f"{len(p)} claims: {tally}. p < 0.05: {alone} without Holm's correction, {after} with it."]
-    return "\n".join(lines)
+    tally = ", ".join(f"{count} {word}" for word, count in words.most_common())
+    significant = [sum(p < 0.05 for p in own) for own in (before, after)]
+    tests = "p < 0.05: {} without Holm's correction, {} with it.".format(*significant)
+    unclear = f"{undecided} of those not reproduced have an interval that includes the paper's figure."
+    return "\n".join([*lines, "", f"{len(rows)} claims: {tally}.\n{unclear} {tests}"])
 
 
 def audit(results: Results, model: str) -> str:
@@ -264,7 +266,7 @@ def table(results: Results, columns: list[str], rows: list[tuple]) -> str:
             text = audit(results, model) if column == "audit" else ""
             if column == "worst case" or all(column in network.verdicts for network in seeds.values()):
                 estimates[column].append(accuracy_under(seeds, column, columns))
-                text = f"{estimates[column][-1].value:.2f} ± {estimates[column][-1].half_width:.2f}"
+                text = str(estimates[column][-1])
             lines[-1].append(text)
     if unknown := [column for column in columns if not estimates[column] and column != "audit"]:
         raise ValueError(f"no model of this table was evaluated under {', '.join(unknown)}")
@@ -290,12 +292,6 @@ def setting(results: Results, models: list[str]) -> str:
     return f"{TITLES.get(facts['dataset'], facts['dataset'])}, {TITLES[facts['norm']]} eps {facts['eps']:.3g}"
 
 
-def save(figure: Figure, path: Path, title: str) -> str:
-    """The Markdown link to the saved figure."""
-    figure.savefig(path, dpi=200)
-    return f"![{title}](figures/{path.name})"
-
-
 def plot(at: list[float], series: dict[str, list[Estimate]], xlabel: str, ylabel: str) -> Figure:
     """Each series has an estimate for each of `at`."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -312,12 +308,13 @@ def plot(at: list[float], series: dict[str, list[Estimate]], xlabel: str, ylabel
 
 
 def sweep(results: Results, out: Path, name: str, attack: str, x: str, values: list, rows: list) -> str:
-    """Accuracy against what is varied. Rows are label and model, with * for the value."""
+    """A figure: accuracy against what is varied. Rows are label and model, with * for the value."""
     models = [model.replace("*", str(value)) for _, model in rows for value in values]
     flat = [accuracy_under(seeds, attack) for seeds in results.rows(models, [attack])]
     series = {label: flat[i * len(values) :][: len(values)] for i, (label, _) in enumerate(rows)}
-    about = f"{setting(results, models)}, {images(flat)}"
-    return save(plot(values, series, x, f"accuracy under {attack} (%)\n{about}"), out / name, f"{attack}; {x}")
+    about = f"{setting(results, models)}, {images(flat)}, seeds {' and '.join(map(str, results[models[0]]))}"
+    plot(values, series, x, f"accuracy under {attack.upper()} (%)\n{about}").savefig(out / name, dpi=200)
+    return f"![{attack}; {x}](figures/{name})"
 
 
 def curves(results: Results, out: Path, name: str, rows: list[tuple]) -> str:
@@ -328,22 +325,25 @@ def curves(results: Results, out: Path, name: str, rows: list[tuple]) -> str:
         curve = found.get("axes", found)["eps"]  # "axes" in older files
         counts = np.min([*curve["correct"].values()], axis=0)
         series[label] = [accuracy(np.arange(found["n"]) < count) for count in counts]
-    about = setting(results, [model for _, model in rows]).split(" eps")[0]
+    about, eps = setting(results, [model for _, model in rows]).split(" eps ")
     ylabel = f"accuracy (%), seed 0\n{about}, {images([own[0] for own in series.values()])}"
-    xlabel = "eps; the stronger of PGD-20 on the cross-entropy and on the margin"
-    return save(plot(curve["at"], series, xlabel, ylabel), out / name, "accuracy by eps")
+    xlabel = "eps (dashed: that of the tables)\nthe stronger of PGD-20 on the cross-entropy and on the margin"
+    figure = plot(curve["at"], series, xlabel, ylabel)
+    figure.axes[0].axvline(float(eps), color="black", linestyle="--", linewidth=1)
+    figure.savefig(out / name, dpi=200)
+    return f"![accuracy by eps](figures/{name})"
 
 
 def main(out: Path = ROOT) -> None:
     """Write out/RESULTS.md and out/figures/."""
     results, figures = Results(ROOT / "benchmarks" / "results"), out / "figures"
     figures.mkdir(exist_ok=True)
-    names = {f.__name__: partial(f, results) for f in (claims, difference, audit, table, compare)}
+    names = {f.__name__: partial(f, results) for f in (claims, difference, table, compare)}
     names |= {f.__name__: partial(f, results, figures) for f in (sweep, curves)}
     loader = jinja2.FileSystemLoader(ROOT / "benchmarks")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     template = environment.get_template("RESULTS.md.j2")
-    (out / "RESULTS.md").write_text(template.render(names, results=results, mean=fmean))
+    (out / "RESULTS.md").write_text(template.render(names, results=results, accuracy_under=accuracy_under, mean=fmean))
 
 
 if __name__ == "__main__":
