@@ -122,14 +122,15 @@ def test_the_factor_of_the_geodesic_thresholds_is_chosen_on_held_out_images(monk
 
 
 def test_geodesic_pgd_stays_in_the_ball_and_evades_the_rejection():
-    """From 40 degrees the ball of 0.5 reaches class 1 within 20 degrees of its weight, the ball of 0.1 only class 1. If
-    W_0 is -e_0, the margin rises with z_0, but the angle to W_1 as well: the attack must lower z_0."""
+    """From 40 degrees the ball of 0.5 reaches an angle of 20 to W_1, the ball of 0.1 only class 1. If W_0 is -e_0, the
+    margin rises with z_0, yet the attack must lower it. z is 0 where the other pixels change by eps / 2 or more."""
     y, model, thresholds = torch.tensor([0]), Plane(), torch.full((2,), math.radians(20))
     for w, degrees, eps, accepted in ((1.0, 40.0, 0.1, False), (1.0, 40.0, 0.5, True), (-1.0, 45.0, 0.4, True)):
-        x, model.fc.weight.data[0, 0] = at_angle(degrees), w
+        x, model.fc.weight.data[0, 0] = torch.cat([at_angle(degrees), torch.full((1, 1, 1, 18), 0.5)], 3), w
+        model.features = lambda v, x=x, r=eps / 2: v.flatten(1)[:, :2] * ((v - x)[..., 2:].abs() < r).all()
         x_adv = analyze.geodesic_pgd(model, x, y, thresholds=thresholds, eps=eps, step_size=eps / 5, steps=40)
         assert (x_adv - x).abs().max() <= eps + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
-        z = x_adv.flatten()
+        z = model.features(x_adv)[0]
         assert z[1] > z[0] and (math.atan2(z[0], z[1]) <= thresholds[1]) == accepted
 
 
