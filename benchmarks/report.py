@@ -260,7 +260,7 @@ def table(results: Results, columns: list[str], rows: list[tuple]) -> str:
     found = results.rows([model for _, model, *_ in rows], columns)
     lines, estimates = [], {column: [] for column in columns}
     for (label, model, *_), seeds in zip(rows, found, strict=True):
-        own = "autoattack" in columns and any(network.attacks["autoattack"]["own"] for network in seeds.values())
+        own = any(network.attacks.get("autoattack", {}).get("own") for network in seeds.values())
         lines.append([f"{label} {row_names(model)}{' †' * own}", ", ".join(map(str, seeds))])
         for column in columns:
             text = audit(results, model) if column == "audit" else ""

@@ -492,7 +492,7 @@ PAPERS = {
     "train_angular_at --dataset cifar10": ANGULAR | dict(arch="wrn-34-10", lr=0.1, weight_decay=5e-4),
     "train_angular_at --dataset cifar100": ANGULAR | dict(arch="resnet18", lr=0.01, weight_decay=3.5e-3),
     "train_weightpen --dataset cifar10": dict(epochs=400, optimizer="adam", lr=0.01, alpha=100.0, weight_norm=0.1),
-    "train_weightpen --dataset mnist": dict(arch="small_cnn", schedule="constant", activation="tanh"),
+    "train_weightpen --dataset mnist": dict(arch="small_cnn", schedule="constant", batch_size=1024, activation="tanh"),
     "train_dsphere --dataset mnist": dict(epochs=66, schedule="thirds", eps=0.3, step_size=0.075, correlation="cosine"),
     "train_dsphere --dataset cifar10": dict(arch="dsphere_cifar", epochs=168, schedule="late", steps=7, lr=1e-3),
     "train_abcl --dataset mnist": dict(arch="alexnet", k1=512.0, k2=64.0, feature_dim=10, scale=5.0, margin=0.2),
