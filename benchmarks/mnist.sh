@@ -62,7 +62,8 @@ weightpen              wp     train_weightpen.py --batch-size 128 --lr 1e-3 --sc
 weightpen-relu         wp     train_weightpen.py --batch-size 128 --lr 1e-3 --schedule multistep --epochs 8 --activation relu
 mmc                    wp     train_mmc.py
 "
-# NAME-paper has the paper's network, optimizer and length (results of weightpen-paper: 26 epochs, `--epochs 26`). On our CPU float32 trains these small networks faster.
+# NAME-paper has the paper's network, optimizer and length (the results of weightpen-paper: `--epochs 26`). On our CPU
+# float32 trains these small networks faster.
 
 evaluations() { # row, kind
     local fast=fgsm,pgd-20,adaptive-pgd-20,mim-20,cw-inf strong=square,autoattack
