@@ -15,7 +15,7 @@ activation is the network's last one before the classifier (Sec. 3.2); in a Wide
 
 On MNIST the paper's constant rate of 0.01 saturates the tanh, until nearly no image has a gradient: PGD then leaves
 more than in the paper, Square does not. The paper leaves the batch size open: at 128 the network collapses within 27 of
-the 400 epochs (seed 0), so the default is 1024. Weight decay, which is open too, keeps the gradients, and PGD leaves
+the 400 epochs (seed 0), so the default is 1024. Weight decay, which is open too, keeps most gradients, and PGD leaves
 little (benchmarks/by_hand.md). `--batch-size 128 --lr 1e-3 --schedule multistep --epochs 8` brings the class weights
 within 0.01 degrees of the simplex's 96.4 (seeds 0 and 1).
 
