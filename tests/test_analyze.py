@@ -7,6 +7,7 @@ import math
 import analyze
 import common
 import eval_all
+import masking
 import models
 
 import numpy as np
@@ -215,3 +216,11 @@ def test_the_command_writes_the_files_that_it_lists_and_refuses_what_it_cannot_d
     (tmp_path / "plain.py").write_text("from torch.nn import *\nnet = lambda: Sequential(Flatten(), Linear(64, 10))\n")
     plain = ["plain.py:net", "--dataset", "digits", "--angles"]
     assert "--angles needs a model with features" in refused("analyze", *plain)
+
+
+def test_masking_finds_features_that_are_dead(small_model):
+    for bias, share in ((0.0, 0.0), (-100.0, 1.0)):
+        small_model.bn1.bias.data.fill_(bias)
+        own = masking.measure(small_model, torch.rand(6, 1, 8, 8), torch.arange(6), eps=0.1)
+        dead = [own[name].mean().item() for name in own if name.startswith(("pixels", "images", "the same, under PGD"))]
+        assert dead == 4 * [share]

@@ -31,16 +31,13 @@ def sections(cli, tmp_path, monkeypatch):
     return run
 
 
-def test_training_and_switches(sections):
-    tables = sections("training", "switches")
+def test_training_switches_and_attacks(sections):
+    tables = sections("training", "switches", "attacks")
     he, plain = tables["training"]["PGD-AT+HE"], tables["training"]["PGD-AT"]
     assert he["x PGD-AT"] == pytest.approx(he["img/s"] / plain["img/s"]) and plain["x PGD-AT"] == 1
     switches = {"everything", "without channels_last", "without parameters frozen in the attack", "reference"}
     assert switches <= tables["switches"].keys() and tables["training"].keys() == {"reference", *bench.METHODS}
-
-
-def test_attacks(sections):
-    assert sections("attacks")["attacks"].keys() == {"reference", "float32", "with --amp"}
+    assert tables["attacks"].keys() == {"reference", "float32", "with --amp"}
 
 
 def test_the_flop_of_a_forward_pass_and_the_rate_of_matrix_products():

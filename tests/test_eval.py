@@ -341,7 +341,6 @@ def test_a_paired_difference_is_that_of_agresti_and_min(b, c, n, p):
 
 
 def test_several_models_are_compared_image_by_image_on_the_attacks_that_both_faced(cli, tmp_path, pixels):
-    """The worst case too; names of any length keep the columns straight."""
     he, linear, out = GOLDEN / "he.pt", GOLDEN / "linear.pt", tmp_path / "out"
     name = "linear-" + 30 * "x"
     (tmp_path / f"{name}.pt").write_bytes(linear.read_bytes())
@@ -473,8 +472,7 @@ def test_what_a_user_can_mend_is_one_line(cli, make_npz, tmp_path, flags, messag
 
 def test_a_users_network_of_torchvision_on_images_that_are_not_square(cli, make_npz, tmp_path):
     """Its file imports torchvision, whose C++ operators may not load; the images are test images alone."""
-    write(tmp_path / "mine.py", "import torchvision", "def make():", "    net = torchvision.models.resnet18()",
-          "    return net")  # fmt: skip
+    write(tmp_path / "mine.py", "import torchvision", "def make():", "    return torchvision.models.resnet18()")
     x = np.random.default_rng(0).random((6, 32, 48, 3), np.float32)
     path = make_npz("cifar10_binary", x_train=None, y_train=None, x_test=x, y_test=np.arange(6) % 2)
     command = [sys.executable, ROOT / "eval_all.py", "mine.py:make", "--dataset", path, "--attacks", "fgsm"]

@@ -152,7 +152,6 @@ def test_resume_refuses_by_name_what_has_changed(finished, refused, monkeypatch)
 
 
 def test_resume_with_more_epochs_continues_and_with_none_left_changes_nothing(cli, refused, copy):
-    """A run of the old format is read, but not resumed."""
     flags = [*FEW, "--epochs", 4, "--out", copy, "--resume"]
     for before in (3, 4):
         code, out, _ = cli("train_pgd_he", *flags)
