@@ -3,7 +3,8 @@
     python benchmarks/masking.py runs/dsphere-mnist-s0/last.pt runs/cnn-mnist-s0/last.pt --eps 0.3
 
 FGSM leaves a pixel without a gradient as it is: where these are many, random signs in their place make it stronger.
-Prints a Markdown table, a column for each network: benchmarks/by_hand.md has ours. Nothing here passes or fails.
+Gradients are of the training loss without its margin; an image that is misclassified clean counts as wrong throughout.
+Prints a Markdown table, a column for each network: benchmarks/by_hand.md has parts of ours. Nothing passes or fails.
 """
 
 import argparse
@@ -19,21 +20,21 @@ import eval_all
 
 
 def input_gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """d CE / d x, (B, C, H, W)."""
+    """d CE(s * logits, y) / d x, (B, C, H, W)."""
     x = x.clone().requires_grad_()
-    return torch.autograd.grad(eval_all.cross_entropy(net(x), y).sum(), x)[0]
+    return torch.autograd.grad(eval_all.training_loss(net)(net(x), y).sum(), x)[0]
 
 
 def measure(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Tensor]:
-    """Of each image (B,): 0 or 1 where it is a share, and in the last two rows a number."""
+    """Per image (B,): shares, and in the last two rows numbers."""
     clean = eval_all.predict(net, x) == y
     correct = lambda images: (clean & (eval_all.predict(net, images) == y)).float()  # noqa: E731
     vanish = lambda images: (net.features(images) == 0).all(1).float()  # noqa: E731
     random = torch.rand_like(x) * 2 - 1
     noise = (x + eps * random).clamp(0, 1)
-    pgd = common.pgd(net, x, y, loss=eval_all.cross_entropy, eps=eps, step_size=2.5 * eps / 40, steps=40)
-    before_activation = []
-    hook = net.activation.register_forward_pre_hook(lambda _, inputs: before_activation.append(inputs[0].abs()))
+    pgd = common.pgd(net, x, y, loss=eval_all.training_loss(net), eps=eps, step_size=2.5 * eps / 40, steps=40)
+    inputs = []  # of the last activation, where the network has one of its own
+    hook = net.activation.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     gradient = input_gradient(net, x, y)
     hook.remove()
     filled = torch.where(gradient == 0, random.sign(), gradient.sign())
@@ -52,7 +53,7 @@ def measure(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Tenso
         "the same, under the noise": vanish(noise),
         "the same, under PGD-40": vanish(pgd),
         "median of the largest gradient of a pixel": gradient.abs().amax((1, 2, 3)),
-        "median of the activation's inputs": before_activation[0].flatten(1).median(1).values,
+        "median |input of the last activation|": (inputs or [net.features(x)])[0].flatten(1).abs().median(1).values,
     }
 
 
@@ -73,7 +74,7 @@ def main() -> None:
         parts = [{k: v.detach() for k, v in measure(net, x, y, args.eps).items()} for x, y in parts]
         own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         columns.append({k: f"{v.median():.2g}" if "median" in k else f"{100 * v.mean():.1f}" for k, v in own.items()})
-    print(f"n = {len(rows):,}, eps {args.eps}; %, but the last two rows\n")
+    print(f"n = {len(rows):,}, eps {args.eps}; % except in the last two rows\n")
     print(f"| | {' | '.join(args.checkpoints)} |\n|{' --- |' * (len(columns) + 1)}")
     for name in columns[0]:
         print(f"| {name} | {' | '.join(column[name] for column in columns)} |")
