@@ -53,7 +53,11 @@ def measure(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Tenso
         "the same, under the noise": vanish(noise),
         "the same, under PGD-40": vanish(pgd),
         "median of the largest gradient of a pixel": gradient.abs().amax((1, 2, 3)),
-        "median |input of the last activation|": (inputs or [net.features(x)])[0].flatten(1).abs().median(1).values,
+        "median magnitude of the last activation's input": (inputs or [net.features(x)])[0]
+        .flatten(1)
+        .abs()
+        .median(1)
+        .values,
     }
 
 
