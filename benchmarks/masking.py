@@ -9,6 +9,7 @@ Prints a Markdown table, a column for each network: benchmarks/by_hand.md has pa
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,35 +31,34 @@ def measure(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Tenso
     clean = eval_all.predict(net, x) == y
     correct = lambda images: (clean & (eval_all.predict(net, images) == y)).float()  # noqa: E731
     vanish = lambda images: (net.features(images) == 0).all(1).float()  # noqa: E731
+    pgd = partial(common.pgd, net, x, y, loss=eval_all.training_loss(net), eps=eps)
     random = torch.rand_like(x) * 2 - 1
     noise = (x + eps * random).clamp(0, 1)
-    pgd = common.pgd(net, x, y, loss=eval_all.training_loss(net), eps=eps, step_size=2.5 * eps / 40, steps=40)
+    from_noise = pgd(step_size=eps, steps=1, start=noise)
+    pgd_40 = pgd(step_size=2.5 * eps / 40, steps=40)
     inputs = []  # of the last activation, where the network has one of its own
     hook = net.activation.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     gradient = input_gradient(net, x, y)
     hook.remove()
     filled = torch.where(gradient == 0, random.sign(), gradient.sign())
-    from_noise = noise + eps * input_gradient(net, noise, y).sign()
-    return {
-        "clean": clean.float(),
-        "FGSM": correct((x + eps * gradient.sign()).clamp(0, 1)),
-        "FGSM, random signs where the gradient is 0": correct((x + eps * filled).clamp(0, 1)),
-        "random signs": correct((x + eps * random.sign()).clamp(0, 1)),
-        "uniform noise": correct(noise),
-        "FGSM from that noise": correct(common.project(from_noise, x, eps, "linf")),
-        "PGD-40": correct(pgd),
-        "pixels without a gradient": (gradient == 0).float().mean((1, 2, 3)),
-        "images without a gradient": (gradient == 0).flatten(1).all(1).float(),
-        "images whose features are all 0": vanish(x),
-        "the same, under the noise": vanish(noise),
-        "the same, under PGD-40": vanish(pgd),
-        "median of the largest gradient of a pixel": gradient.abs().amax((1, 2, 3)),
-        "median magnitude of the last activation's input": (inputs or [net.features(x)])[0]
-        .flatten(1)
-        .abs()
-        .median(1)
-        .values,
-    }
+    with torch.no_grad():
+        last = inputs[0] if inputs else net.features(x)
+        return {
+            "clean": clean.float(),
+            "FGSM": correct((x + eps * gradient.sign()).clamp(0, 1)),
+            "FGSM, random signs where the gradient is 0": correct((x + eps * filled).clamp(0, 1)),
+            "random signs": correct((x + eps * random.sign()).clamp(0, 1)),
+            "uniform noise": correct(noise),
+            "FGSM from that noise": correct(from_noise),
+            "PGD-40": correct(pgd_40),
+            "pixels without a gradient": (gradient == 0).float().mean((1, 2, 3)),
+            "images without a gradient": (gradient == 0).flatten(1).all(1).float(),
+            "images whose features are all 0": vanish(x),
+            "the same, under the noise": vanish(noise),
+            "the same, under PGD-40": vanish(pgd_40),
+            "median of the largest gradient of a pixel": gradient.abs().amax((1, 2, 3)),
+            "median magnitude of the last activation's input": last.flatten(1).abs().median(1).values,
+        }
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
         rows = torch.randperm(len(data.y_test), generator=torch.Generator().manual_seed(0))[: args.num_images]
         torch.manual_seed(0)
         parts = [(common.images_at(data.x_test, part, "cpu"), data.y_test[part]) for part in rows.split(500)]
-        parts = [{k: v.detach() for k, v in measure(net, x, y, args.eps).items()} for x, y in parts]
+        parts = [measure(net, x, y, args.eps) for x, y in parts]
         own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         columns.append({k: f"{v.median():.2g}" if "median" in k else f"{100 * v.mean():.1f}" for k, v in own.items()})
     print(f"n = {len(rows):,}, eps {args.eps}; % except in the last two rows\n")

@@ -66,10 +66,10 @@ def test_claims_of_a_difference_and_of_an_accuracy(tmp_path):
     """Model a keeps 90 of 100 images under PGD but 20 under Square, which both are in its worst case."""
     write(tmp_path / "mnist/a-s0", {"clean": first(95), "pgd-20": first(90), "square": first(20)})
     write(tmp_path / "mnist/b-s0", {"clean": first(95), "pgd-20": first(60), "square": first(60)})
-    rows = [("A", "+50", "mnist/a", "mnist/b", "pgd-20", 50.0, "why"), ("B", "90", "mnist/a", None, "square", 90.0, "")]
+    rows = [("A", "+50", "mnist/a", "mnist/b", "pgd-20", 50.0, "w"), ("B", "90", "mnist/a", None, "square", 90.0, "")]
     rows += [("C", "+1", "mnist/a", "mnist/b", "clean", 1.0, "the interval is 0 ± 2")]
     text = report.claims(report.Results(tmp_path), rows).splitlines()
-    assert re.fullmatch(r"\| A \| .50 \| .30.00 ± \S+ \(n = 100, 1 seed\) \| reproduced \| why \| `a`, `b` \|", text[2])
+    assert re.fullmatch(r"\| A \| \+50 \| \+30.00 ± \S+ \(n = 100, 1 seed\) \| reproduced \| w \| `a`, `b` \|", text[2])
     assert text[3].startswith("| B | 90 | 20.00 ± ") and "| refuted |" in text[3]
     assert text[-2] == "3 claims: 1 reproduced, 1 refuted, 1 not reproduced."
     assert text[-1].startswith("1 of those") and text[-1].endswith(": 2 without Holm's correction, 2 with it.")
