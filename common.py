@@ -9,6 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", f"{-(-os.cpu_count() // int(os.getenv('LOCAL_WORLD_SIZE', 1)))}")
 
 import argparse
+import ctypes
 import io
 import json
 import math
@@ -37,6 +38,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 torchvision = models.import_torchvision()
+
+with suppress(AttributeError, TypeError):  # glibc: keep freed tensors' memory, as new pages from the kernel are slow
+    for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 class UserError(argparse.ArgumentTypeError):
@@ -283,21 +288,20 @@ def crop_and_flip(padded: Tensor, rows: Tensor, padding: int) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------------- flags
 
+NVIDIA = Path("/dev/nvidia0")  # is there if the machine has a GPU and its driver
 _SMALL = dict(arch="small_cnn", optimizer="adam", weight_decay=0.0, schedule="multistep", steps=10)
 _LARGE = dict(epochs=100, batch_size=128, optimizer="sgd", schedule="multistep", steps=10, eps_warmup=0.0)
 _ANGULAR = dict(lr=0.01, weight_decay=3.5e-3, eps="0.031", step_size="0.007", source="Angular-AT, Sec. 5")
 _HE = dict(lr=0.1, source="HE, Sec. 4, and its code")
 _IMAGENET = dict(arch="resnet50", epochs=90, batch_size=256, weight_decay=1e-4, schedule="thirds")
-_IMAGENET |= dict(eps="4/255", step_size="1/255")
 
 # Adversarial training on each dataset, and where that is written (else: ours); a script overrides what differs.
 TRAINING_DEFAULTS = {
     "digits": _SMALL | dict(epochs=30, batch_size=64, lr=2e-3, eps="0.1", step_size="0.025", eps_warmup=0.0),
     "mnist": _SMALL | dict(epochs=6, batch_size=128, lr=1e-3, eps="0.3", step_size="0.075", eps_warmup=1.0),
     "cifar10": _LARGE | _HE | dict(arch="wrn-34-10", weight_decay=2e-4, eps="8/255", step_size="2/255"),
-    "cifar100": _LARGE | _ANGULAR | dict(arch="resnet18"),
-    "tiny-imagenet": _LARGE | _ANGULAR | dict(arch="resnet18"),
-    "imagenet": _LARGE | _HE | _IMAGENET,
+    **dict.fromkeys(("cifar100", "tiny-imagenet"), _LARGE | _ANGULAR | dict(arch="resnet18")),
+    "imagenet": _LARGE | _HE | _IMAGENET | dict(eps="4/255", step_size="1/255"),
     None: _LARGE | dict(arch="resnet18", lr=0.1, weight_decay=5e-4, eps="8/255", step_size="2/255"),
 }
 
@@ -316,9 +320,6 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
         return value
 
     return parse
-
-
-NVIDIA = Path("/dev/nvidia0")  # is there if the machine has a GPU and its driver
 
 
 def device_flag(text: str) -> str:
@@ -435,8 +436,7 @@ def finish_args(args: argparse.Namespace, method: str) -> argparse.Namespace:
     except Exception as error:  # it needs a C compiler; each part of it has exceptions of its own
         args.compile = False
         print(f"warning: no torch.compile ({' '.join(str(error).split())[:200]})", file=sys.stderr)
-    _, ranks = rank_and_count()
-    if args.batch_size % ranks or args.batch_size == ranks:
+    if args.batch_size % (ranks := rank_and_count()[1]) or args.batch_size == ranks:
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of {ranks} ranks, at least 2 images each")
     return args
 

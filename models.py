@@ -258,7 +258,7 @@ class SmallCNN(Classifier):
         self.feature_dim = hidden
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.activation(self.hidden(self.conv(x).flatten(1)))
+        return self.activation(self.hidden(self.conv(x).flatten(1)).to(x.dtype))  # in bfloat16 tanh is 1 from 3.5 on
 
 
 class SphereCNN(Classifier):
@@ -390,7 +390,7 @@ class PreActResNet(Classifier):
         out = self.conv1(x)
         for name in self.blocks:
             out = getattr(self, name)(out)
-        return self.activation(self.bn1(out)).mean((2, 3))
+        return self.activation(self.bn1(out).to(x.dtype)).mean((2, 3))
 
 
 class ImageNetResNet(Classifier):

@@ -2,11 +2,9 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import bench
 import common
-import models
 
 import pytest
 import torch
@@ -24,6 +22,7 @@ def sections(cli, tmp_path, monkeypatch):
         assert code == 0, err
         results = json.loads((tmp_path / "bench.json").read_text())
         tables = {name: {row.pop("what"): row for row in results[name]} for name in names}
+        assert "training" not in names or "PGD-AT computes at" in out
         assert all(name in out for name in names) and results["peak GiB"] > 0
         assert all(0 < x < math.inf for rows in tables.values() for row in rows.values() for x in row.values())
         return tables
@@ -38,15 +37,6 @@ def test_training_switches_and_attacks(sections):
     switches = {"everything", "without channels_last", "without parameters frozen in the attack", "reference"}
     assert switches <= tables["switches"].keys() and tables["training"].keys() == {"reference", *bench.METHODS}
     assert tables["attacks"].keys() == {"reference", "float32", "with --amp"}
-
-
-def test_the_flop_of_a_forward_pass_and_the_rate_of_matrix_products():
-    data = SimpleNamespace(x_train=torch.zeros(1, 1, 8, 8), num_classes=10, in_channels=1, image_size=8)
-    data.train, data.val, data.statistics = [0], [], dict
-    flop = bench.forward_flop(SimpleNamespace(arch="small_cnn", seed=0), data)
-    model = models.build_model("small_cnn", 10, 1, image_size=8)
-    linear = 2 * sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    assert linear < flop < 1e9 and bench.matrix_rate("cpu") > 1e8
 
 
 def test_the_reference_attack_is_ours_and_also_computes_weight_gradients(small_model):

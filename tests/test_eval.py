@@ -496,8 +496,7 @@ def test_a_bare_state_dict_has_the_scale_of_its_head(cli, make_npz, tmp_path, he
     make_npz("cifar10", shape=(32, 32, 3))
     torch.save(models.build_model("wrn-10-1", 10, head=head).state_dict(), tmp_path / "net.pt")
     described = ["--dataset", "cifar10", "--data-dir", tmp_path, "--arch", "wrn-10-1", "--head", head, *flags]
-    few = ["--attacks", "adaptive-pgd-2", "--num-images", "4"]
-    code, _, err = cli("eval_all", tmp_path / "net.pt", *described, *few)
+    code, _, err = cli("eval_all", tmp_path / "net.pt", *described, *"--attacks adaptive-pgd-2 --num-images 4".split())
     assert code == 0, err
     options = json.loads((tmp_path / "eval-net" / "eval.json").read_text())["model_options"]
     assert (options["scale"], options["margin"], options["mean"] is not None) == expected

@@ -101,6 +101,11 @@ def test_amp_changes_the_backbones_precision_and_not_the_logits_dtype(small_mode
     small_model.amp = False
     with torch.autocast("cpu", torch.bfloat16):  # that of the evaluation's --amp
         assert small_model.features(x).dtype == torch.float32 and not torch.equal(exact, small_model(x).float())
+    tanh = models.build_model("small_cnn", 3, 1, image_size=8, activation="tanh")
+    tanh.amp, last = True, tanh.hidden[-1]
+    last.weight.data, last.bias.data = torch.zeros(200, 200), torch.full((200,), 5.0)
+    tanh.features(x).mean(0).sum().backward()
+    torch.testing.assert_close(last.bias.grad, 1 - last.bias.tanh() ** 2, rtol=0.01, atol=0)  # in bfloat16 it is 0
 
 
 @pytest.mark.parametrize("complaint, options", [
