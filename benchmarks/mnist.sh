@@ -56,6 +56,7 @@ dsphere-fgsm-paper     sphere train_dsphere.py --train fgsm --compile
 cnn-pgd                sphere train_dsphere.py --correlation inner --train pgd --schedule cosine $short
 dsphere-pgd            sphere train_dsphere.py --train pgd --schedule cosine $short
 weightpen-paper        table4 train_weightpen.py --steps 1
+weightpen-26-paper     table4 train_weightpen.py --steps 1 --epochs 26 --no-amp
 weightpen-relu-paper   table4 train_weightpen.py --activation relu --steps 1
 mmc-paper              table4 train_mmc.py --feature-dim 0 --lr 0.01 --schedule constant --epochs 400 --steps 1
 weightpen              wp     train_weightpen.py --batch-size 128 --lr 1e-3 --schedule multistep --epochs 8
