@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import common
 import eval_all
@@ -60,10 +61,7 @@ def test_the_center_loss_of_adapt_md_is_a_change_of_one_file_that_trains_resumes
 @pytest.mark.parametrize("command", command_lines())
 def test_command_lines_parse(command, monkeypatch):
     Parsed = type("Parsed", (Exception,), {})
-
-    def stop(*_):
-        raise Parsed
-
+    stop = mock.Mock(side_effect=Parsed)
     monkeypatch.setattr(common, "load_data", stop)
     monkeypatch.setattr(eval_all, "load_models_and_data", stop)
     script, *argv = re.search(r"\w+\.py.*", command)[0].split("#")[0].split()
