@@ -17,8 +17,8 @@ the row of the weight penalization paper. Natural training; --adversarial trains
     python train_mmc.py --dataset mnist --feature-dim 0 --lr 0.01 --schedule constant --epochs 400    # WeightPen's
 
 The weight penalization paper (Tables 2 and 4) quotes 92.70 clean / 24.80 under PGD-50 on CIFAR-10 with ResNet-32, and
-measures 89.55 clean / 35.98 under PGD-40 on MNIST with the small network. At its rate of 0.01 ours collapses, to 18.61
-clean after its 400 epochs (RESULTS.md, `mmc-paper`), and to one class from the first epoch on without --feature-dim 0 (seed 0).
+measures 89.55 clean / 35.98 under PGD-40 on MNIST with the small network. At its rate of 0.01 ours collapses (seed 0):
+to 18.61 clean after 400 epochs (RESULTS.md, `mmc-paper`), and without --feature-dim 0 to one class from the first on.
 """
 
 import common
