@@ -38,9 +38,9 @@ pixel gets there.
     python train_dsphere.py --dataset mnist --feature-dim 2 --loss wm       # Fig. 2
 
 The paper on MNIST, natural / FGSM / PGD: naturally trained CNN 99.36 / 29.42 / 0.51, D-SphereNet 99.50 / 84.70 / 2.31;
-PGD-trained CNN 99.29 / 98.04 / 94.18, D-SphereNet 99.40 / 98.36 / 95.96. The 84.70 we have too (84.16, RESULTS.md), but
+PGD-trained CNN 99.29 / 98.04 / 94.18, D-SphereNet 99.40 / 98.36 / 95.96. The 84.70 we have too (83.19, RESULTS.md), but
 it is no robustness: a black patch has correlation 0, where the ReLU passes no gradient, so FGSM does not move more than
-half of the pixels, and random noise is stronger (benchmarks/by_hand.md).
+half of the pixels; random signs are stronger (benchmarks/by_hand.md).
 """
 
 import math

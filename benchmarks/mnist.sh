@@ -45,8 +45,8 @@ abcl-sce               abcl   train_abcl.py --base sce --k1 0 --k2 0
 abcl-ht-sce            abcl   train_abcl.py --base ht-sce --k1 0 --k2 0
 abcl-on-sce            abcl   train_abcl.py --base sce
 abcl-on-ht-sce         abcl   train_abcl.py --base ht-sce
-cnn-paper              sphere train_dsphere.py --correlation inner --no-amp
-dsphere-paper          sphere train_dsphere.py --no-amp --compile
+cnn-paper              sphere train_dsphere.py --correlation inner --no-amp --steps 1
+dsphere-paper          sphere train_dsphere.py --no-amp --compile --steps 1
 dsphere-wm-paper       sphere train_dsphere.py --loss wm --no-amp --compile
 dsphere-wm-quad-paper  sphere train_dsphere.py --loss wm --correlation quadratic --no-amp --compile
 dsphere-anneal-paper   sphere train_dsphere.py --loss annealing --compile --steps 1
@@ -84,6 +84,8 @@ evaluations() { # row, kind
         evaluate "$1" strong --num-images 1000 --batch-size 100 --attacks square,autoattack
         evaluate "$1" audit --attacks clean --audit
         [[ $1 == cnn* ]] || analyze "$1" geodesic --num-images 1000 --geodesic
+        [[ $1 != cnn-paper-* ]] || # HE's Table 7
+            evaluate "$1" table7 --attacks pgd-1@0.075,pgd-1-fn@0.075,pgd-2@0.075,pgd-2-fn@0.075,cw-inf-2@0.075
         ;;
     table4)
         evaluate "$1" fast --num-images 2000 --attacks pgd-20
@@ -106,9 +108,6 @@ evaluations() { # row, kind
         ;;
     esac
     case $1 in
-    cnn-paper-s0) # HE's Table 7
-        evaluate "$1" table7 --attacks pgd-1@0.075,pgd-1-fn@0.075,pgd-2@0.075,pgd-2-fn@0.075,cw-inf-2@0.075
-        ;;
     pgd-s0 | pgd-he-s0 | angular-s0 | weightpen-s0 | weightpen-paper-s0 | mmc-s0) # one network a method
         analyze "$1" curves --num-images 500 --curves
         ;;
