@@ -214,7 +214,7 @@ def claims(results: Results, rows: list[tuple]) -> str:
             measured.append(difference(results, model, other, attack))
     before = [own.p for own in measured]
     after, words, undecided = holm(before), Counter(), 0
-    lines = ["| claim | the paper | ours | verdict | why | rows |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| claim (MNIST unless named) | the paper | ours | verdict | why | rows |", "|" + " --- |" * 6]
     for (claim, paper, model, other, _, figure, why), own, p in zip(rows, measured, after, strict=True):
         word = verdict(own.points.value, figure, p, other is None)
         words[word] += 1
@@ -224,7 +224,7 @@ def claims(results: Results, rows: list[tuple]) -> str:
         lines.append(f"| {claim} | {paper} | {text} ({about}) | {word} | {why} | {row_names(model, other)} |")
     tally = ", ".join(f"{count} {word}" for word, count in words.most_common())
     significant = [sum(p < 0.05 for p in own) for own in (before, after)]
-    tests = "p < 0.05: {} without Holm's correction, {} with it.".format(*significant)
+    tests = "p < 0.05: {}, after Holm's correction {}.".format(*significant)
     unclear = f"{undecided} of those not reproduced have an interval that includes the paper's figure."
     return "\n".join([*lines, "", f"{len(rows)} claims: {tally}.\n{unclear} {tests}"])
 

@@ -72,7 +72,7 @@ def test_claims_of_a_difference_and_of_an_accuracy(tmp_path):
     assert re.fullmatch(r"\| A \| \+50 \| \+30.00 ± \S+ \(n = 100, 1 seed\) \| reproduced \| w \| `a`, `b` \|", text[2])
     assert text[3].startswith("| B | 90 | 20.00 ± ") and "| refuted |" in text[3]
     assert text[-2] == "3 claims: 1 reproduced, 1 refuted, 1 not reproduced."
-    assert text[-1].startswith("1 of those") and text[-1].endswith(": 2 without Holm's correction, 2 with it.")
+    assert text[-1].startswith("1 of those") and text[-1].endswith(": 2, after Holm's correction 2.")
     same = report.difference(report.Results(tmp_path), *2 * ["mnist/a"], "square over pgd-20")
     assert same.points.value == -70 and same.p < 1e-9
 
