@@ -327,7 +327,7 @@ def curves(results: Results, out: Path, name: str, rows: list[tuple]) -> str:
         series[label] = [accuracy(np.arange(found["n"]) < count) for count in counts]
     about, eps = setting(results, [model for _, model in rows]).split(" eps ")
     ylabel = f"accuracy (%), seed 0\n{about}, {images([own[0] for own in series.values()])}"
-    xlabel = "eps (dashed: that of the tables)\nthe stronger of PGD-20 on the cross-entropy and on the margin"
+    xlabel = "eps (dashed: that of the tables)\nthe stronger of PGD-20 on the cross-entropy and on the logit margin"
     figure = plot(curve["at"], series, xlabel, ylabel)
     figure.axes[0].axvline(float(eps), color="black", linestyle="--", linewidth=1)
     figure.savefig(out / name, dpi=200)
