@@ -34,4 +34,4 @@ evaluations() { # row, kind
     esac
 }
 
-do_rows "$@"
+start "$@"

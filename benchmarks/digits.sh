@@ -24,4 +24,4 @@ evaluations() { # row, kind
     evaluate "$1" . --attacks fgsm,pgd-20,adaptive-pgd-20,apgd-t
 }
 
-do_rows "$@"
+start "$@"

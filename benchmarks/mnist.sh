@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The MNIST tables of RESULTS.md.
+# The MNIST tables of RESULTS.md. On one core a row takes 30 to 60 minutes per seed, those named *-paper 90 to 240.
 #
 #     benchmarks/mnist.sh                     # every row, seeds 0 and 1
 #     benchmarks/mnist.sh pgd-he trades-he    # these rows
@@ -126,5 +126,5 @@ pictures() { # of the first seed's networks; the positions of the features, a th
     done
 }
 
-do_rows "$@"
+start "$@"
 (pictures) 9>"$runs/pictures.lock"

@@ -11,7 +11,6 @@ the highest. A difference is bold if its p (see Difference) is below 0.05; claim
 """
 
 import json
-import math
 import sys
 from collections import ChainMap, Counter
 from functools import partial
@@ -27,6 +26,7 @@ from scipy.stats import binomtest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_all
+from common import UserError, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTING = ("dataset", "norm", "eps", "step_size", "restarts")  # must be equal for accuracies that stand side by side
@@ -50,7 +50,7 @@ def read_evaluation(path: Path) -> dict:
                 if result["attacks"][attack]["correct"] != (verdict == 1).sum():
                     raise ValueError(f"verdicts.npz contradicts it on {attack}")
     except Exception as error:  # whatever a damaged file leads to; the message must name the file
-        raise ValueError(f"{path}: not the evaluation of one model: {error!r}") from error
+        raise UserError(f"{path}: not the evaluation of one model: {error!r}") from error
     return result
 
 
@@ -60,7 +60,7 @@ class Network:
     def __init__(self, name: str, evaluations: list[dict]) -> None:
         for key in (*SETTING, "weights"):
             if len({own[key] for own in evaluations if own.get(key) is not None}) > 1:
-                raise ValueError(f"the evaluations of {name} differ in {key}")
+                raise UserError(f"the evaluations of {name} differ in {key}")
         self.name, self.facts = name, ChainMap(*reversed(evaluations))
         evaluations = sorted(evaluations, key=lambda own: own["n"], reverse=True)
         merged = lambda key: dict(ChainMap(*(own.get(key) or {} for own in evaluations)))  # noqa: E731
@@ -70,7 +70,7 @@ class Network:
         """The verdicts under an attack, or under all of `A + B`."""
         names = attack.split(" + ")
         if missing := set(names) - self.verdicts.keys():
-            raise ValueError(f"there is no evaluation of {self.name} under {', '.join(sorted(missing))}")
+            raise UserError(f"there is no evaluation of {self.name} under {', '.join(sorted(missing))}")
         return np.min([self.verdicts[name] for name in names], axis=0)
 
 
@@ -84,12 +84,12 @@ class Results(dict[str, dict[int, Network]]):
         for model, own in evaluations.items():
             name, _, seed = model.rpartition("-s")
             if name in evaluations:
-                raise ValueError(f"{name} and {model}: a name must not end like a seed")
+                raise UserError(f"{name} and {model}: a name must not end like a seed")
             self[model] = {int(seed): Network(model, own)}
             self.setdefault(name, {}).update(self[model])
 
     def __missing__(self, model: str) -> dict[int, Network]:
-        raise ValueError(f"there is no evaluation of {model}")
+        raise UserError(f"there is no evaluation of {model}")
 
     def rows(self, models: list[str], attacks: list[str]) -> list[dict[int, Network]]:
         """The seeds of each model. An attack that one seed of a model has, all seeds of it must have."""
@@ -98,17 +98,17 @@ class Results(dict[str, dict[int, Network]]):
             made = {attack for attack in attacks for network in seeds.values() if attack in network.verdicts}
             for network in seeds.values():
                 if missing := made - network.verdicts.keys():
-                    raise ValueError(f"there is no evaluation of {network.name} under {', '.join(sorted(missing))}")
+                    raise UserError(f"there is no evaluation of {network.name} under {', '.join(sorted(missing))}")
         settings = {tuple(network.facts.get(key) for key in SETTING) for seeds in rows for network in seeds.values()}
         if len(settings) > 1:
-            raise ValueError(f"{', '.join(models)} are not comparable, {', '.join(SETTING)} are {settings}")
+            raise UserError(f"{', '.join(models)} are not comparable, {', '.join(SETTING)} are {settings}")
         return rows
 
     def analyses(self, model: str, name: str) -> list[dict]:
         """What an analysis measured, for each seed that has it."""
         found = [network.analyses[name] for network in self[model].values() if name in network.analyses]
         if not found:
-            raise ValueError(f"there is no evaluation of {model} with {name}")
+            raise UserError(f"there is no evaluation of {model} with {name}")
         return found
 
 
@@ -196,7 +196,7 @@ def verdict(value: float, figure: float, p: float, is_accuracy: bool) -> str:
         return "not reproduced"
     if is_accuracy:
         return "smaller" if half else "refuted"
-    return "refuted" if value * math.copysign(1, figure) < 0 else "reproduced" if half else "smaller"
+    return "refuted" if value * (figure or 1) < 0 else "reproduced" if half else "smaller"
 
 
 def claims(results: Results, rows: list[tuple]) -> str:
@@ -269,7 +269,7 @@ def table(results: Results, columns: list[str], rows: list[tuple]) -> str:
                 text = str(estimates[column][-1])
             lines[-1].append(text)
     if unknown := [column for column in columns if not estimates[column] and column != "audit"]:
-        raise ValueError(f"no model of this table was evaluated under {', '.join(unknown)}")
+        raise UserError(f"no model of this table was evaluated under {', '.join(unknown)}")
     heads = [f"{column}<br>{images(own)}" if own else column for column, own in estimates.items()]
     return markdown(heads, lines, [paper for _, _, *paper in rows], ".2f")
 
@@ -347,4 +347,4 @@ def main(out: Path = ROOT) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -1,7 +1,8 @@
 # What mnist.sh, cifar10.sh and digits.sh share. They set `dataset`, `rows` (one per line: NAME KIND SCRIPT FLAGS) and a
 # function `evaluations ROW KIND`. Each row is trained and evaluated; eval.json and verdicts.npz, or analysis.json, are
-# kept in benchmarks/results/DATASET/NAME-sSEED. Finished work is skipped, interrupted work continues. --redo first
-# deletes the networks and results of the rows it names: of each seed that has results, or of seed 0.
+# kept in benchmarks/results/DATASET/NAME-sSEED. Finished work is skipped, interrupted work continues. --redo repeats all
+# seeds of a row that have results or a network (or seed 0), and deletes old results when the new network is there. The
+# same command continues it.
 #
 # Several processes may run at once, on a CPU one per core: each takes the next row that no other works on. Environment:
 #     SEEDS="0 1"  RUNS=runs/DATASET, for checkpoints  DATA=data, for the dataset's file  PYTHON=python
@@ -46,25 +47,41 @@ train() { # row, script and flags
 }
 
 do_row() { # row, kind, script and flags; file descriptor 9 is the row's lock
-    flock -n 9 || { [ -z "${redoing:-}" ] || echo "another process works on $1" >&2; return "${redoing:-0}"; }
-    echo "$1"
-    [ -z "${redoing:-}" ] || rm -rf {"$results","$runs/evaluations","$runs"}/"$1"
-    if [ -d "$results/$1" ] && [ ! -d "$runs/$1" ]; then
-        echo "skipped: its results come from another machine"
+    local mark=$runs/$1.redo
+    flock -n 9 || { echo "another process works on $1" >&2; return; }
+    echo "$1; log: $runs/$1.log"
+    if [ -d "$results/$1" ] && [ ! -d "$runs/$1" ] && [ ! -e "$mark" ]; then
+        echo "skipped: its results come from another machine; --redo makes them again"
         return
     fi
     train "$1" "${@:3}"
+    [ ! -s "$mark" ] || { rm -rf "$results/$1" && : >"$mark"; }
     evaluations "$1" "$2"
+    rm -f "$mark"
 }
 
-redo() { # names of rows
-    local row failed=0
+begin_again() { # row; file descriptor 9 is the row's lock
+    flock -n 9 || { echo "another process works on $1" >&2; return 1; }
+    rm -rf {"$runs/evaluations","$runs"}/"$1"
+    echo "the results are of the old network" >"$runs/$1.redo" # emptied when they are deleted, gone with the row
+}
+
+redo() { # names of rows; an earlier --redo of a row that was stopped is continued
+    local row seed known all began failed=0
     [ $# -gt 0 ] || { echo "--redo needs the names of rows" >&2; exit 2; }
     check_names "$@"
+    mkdir -p "$results" "$runs"
     for row in "$@"; do
-        local made=${SEEDS:-$(ls "$results" | sed -n "s/^${row//./\\.}-s\([0-9]*\)$/\1/p" | sort -n)}
+        known=$(ls "$results" "$runs" | sed -n "s/\.redo$//; s/^${row//./\\.}-s\([0-9]*\)$/\1/p" | sort -nu)
+        all=${SEEDS:-${known:-0}}
+        began=$(for seed in $all; do [ ! -e "$runs/$row-s$seed.redo" ] || echo "$seed"; done)
+        if [ -z "$began" ]; then
+            for seed in $all; do
+                (begin_again "$row-s$seed") 9>"$runs/$row-s$seed.lock" && began+=" $seed" || failed=1
+            done
+        fi
         set +e # not `||`, which would switch `set -e` off inside
-        (set -e; seeds=${made:-0} redoing=1; do_rows "$row")
+        (set -e; seeds=$began; do_rows "$row")
         [ $? = 0 ] || failed=1
         set -e
     done
@@ -95,4 +112,12 @@ do_rows() { # --redo, names of rows; without names all rows
         done 8<<<"$rows"
     done
     return $failed
+}
+
+start() { # do_rows in a process group of its own: TERM and Ctrl-C end all of it, and no other row begins
+    set -m
+    do_rows "$@" &
+    trap 'kill -- -$!' INT TERM HUP
+    wait $!
+    trap - INT TERM HUP
 }

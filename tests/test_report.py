@@ -89,5 +89,5 @@ def test_worst_case_and_common_images(tmp_path):
     row = report.table(results, ["square", "worst case"], [("A", "mnist/a")]).splitlines()[-1]
     assert [cell.split(" ")[1] for cell in row.split("|")[3:5]] == ["50.00", "50.00"]
     write(tmp_path / "mnist/a-s1", {"clean": first(95)})
-    with pytest.raises(ValueError, match="no evaluation of mnist/a-s1 under square"):
+    with pytest.raises(report.UserError, match="no evaluation of mnist/a-s1 under square"):
         report.table(report.Results(tmp_path), ["square"], [("A", "mnist/a")])
