@@ -96,13 +96,9 @@ def test_a_masked_model_fails_the_check_that_tells(natural, mask, eps, check, in
 
 
 @pytest.mark.parametrize("ball", [{}, {"norm": "l2", "eps": 0.25}], ids=["linf", "l2"])
-def test_without_a_mask_the_same_model_passes(natural, ball):
-    assert failed(*natural, **ball) == {}
-
-
-def test_a_model_that_is_never_correct_fails(natural):
-    model, x, _ = natural
-    assert failed(model, x, (model(x).argmax(1) + 1) % 10)
+def test_without_a_mask_the_same_model_passes_and_if_it_is_never_correct_fails(natural, ball):
+    model, x, y = natural
+    assert failed(model, x, y, **ball) == {} and failed(model, x, (model(x).argmax(1) + 1) % 10, **ball)
 
 
 def test_more_steps_that_are_weaker_fail(natural, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 
 STUB = """#!/usr/bin/env bash
 echo "$@" >>calls && [[ "$*" != *"$FAILING"* ]] || exit 1
+[[ "$*" != *"$SLOW"* ]] || sleep 3
 while [ "$1" != --out ]; do shift; done
 mkdir -p "$2" figures
 for file in eval.json verdicts.npz analysis.json features.png curves.png; do echo new >"$2/$file"; done
@@ -32,9 +33,9 @@ def benchmarks(tmp_path):
         folder.mkdir(parents=True)
         (folder / "eval.json").write_text("old")
 
-    def run(*arguments, script="digits", **environment):
-        environment = {"PATH": "/usr/bin:/bin", "PYTHON": "./stub", "FAILING": "nothing", **environment}
-        command = ["bash", f"benchmarks/{script}.sh", *arguments]
+    def run(*arguments, script="digits", limit="60", **environment):
+        environment = {"PATH": "/usr/bin:/bin", "PYTHON": "./stub", "FAILING": "?!", "SLOW": "?!", **environment}
+        command = ["timeout", "--foreground", limit, "bash", f"benchmarks/{script}.sh", *arguments]
         finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         files = tmp_path.glob("benchmarks/results/digits/*/eval.json")
         return finished.returncode, finished.stderr, {path.parent.name: path.read_text().strip() for path in files}
@@ -59,9 +60,13 @@ def test_the_scripts_accept_the_flags_of_all_rows(benchmarks, tmp_path, monkeypa
             assert all(eval_all.find_attack(attack) for attack in parsed.value.args[0].attacks.split(","))
 
 
-def test_redo_repeats_the_seeds_that_a_row_has_and_a_row_that_fails_stops_no_other(benchmarks):
-    assert benchmarks("--redo", "pgd-he-steps1") == (0, "", OLD | dict.fromkeys(ROWS[:2], "new"))
-    assert benchmarks("--redo", "pgd-he-steps1", "pgd-he-steps2", FAILING="--steps 1 ") == (1, "", {ROWS[2]: "new"})
+def test_redo_repeats_a_rows_seeds_and_continues_and_a_row_that_fails_stops_no_other(benchmarks, tmp_path):
+    redo = ("--redo", "pgd-he-steps1", "pgd-he-steps2")
+    assert benchmarks(*redo, FAILING="--steps 1 ") == (1, "", OLD | {ROWS[2]: "new"})  # no new network: results stay
+    assert benchmarks(*redo, SLOW="eval_all", limit="1") == (124, "", {ROWS[1]: "old", ROWS[2]: "new"})
+    (tmp_path / "calls").unlink()
+    assert benchmarks(*redo[:2]) == (0, "", dict.fromkeys(ROWS, "new"))
+    assert (tmp_path / "calls").read_text().count("train_") == 1  # of the seed that TERM kept from beginning
 
 
 def test_redo_stops_at_a_row_that_another_process_works_on_or_that_does_not_exist(benchmarks, tmp_path):

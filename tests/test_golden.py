@@ -24,12 +24,11 @@ def craft(model, attack, options):
     dtype = torch.float64 if attack == "zoo" else torch.float32  # float32 rounds its differences as the processor does
     x, y = common.to_float(data.x_test[:40]).to(dtype), data.y_test[:40]
     net, options = load(model).to(dtype), dict(options)
+    function = eval_all.ATTACKS["noise"].run if attack == "noise" else getattr(eval_all, attack, None)
     if attack == "common.pgd":
         function = partial(common.pgd, loss=common.margin_ce)
         if options.pop("start", None) == "x":
             options["start"] = x
-    else:
-        function = eval_all.ATTACKS["noise"].run if attack == "noise" else getattr(eval_all, attack)
     if attack == "transferred":
         crafted = getattr(eval_all, options.pop("attack"))
         if "steps" in options:  # a point that fools the source early may not transfer yet
