@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 torchvision = models.import_torchvision()
 
-with suppress(AttributeError, TypeError):  # glibc: keep freed tensors' memory, as new pages from the kernel are slow
+with suppress(AttributeError, TypeError, OSError):  # glibc: keep freed tensors' memory, as new pages are slow
     for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
         ctypes.CDLL(None).mallopt(option, value)
 

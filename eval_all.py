@@ -806,8 +806,11 @@ def evaluate(
     index = np.arange(len(y)) if index is None else np.asarray(index)
     result = {"attacks": {}, "verdicts": {"index": index, "label": y.cpu().numpy()}}
     if (own / "eval.json").exists():  # of an earlier call
-        with np.load(own / "verdicts.npz") as verdicts:
-            result = json.loads((own / "eval.json").read_text()) | {"verdicts": dict(verdicts)}
+        try:
+            with np.load(own / "verdicts.npz") as verdicts:
+                result = json.loads((own / "eval.json").read_text()) | {"verdicts": dict(verdicts)}
+        except Exception as error:  # whatever a damaged file leads to
+            raise common.UserError(f"{own}: damaged ({error!r}); delete it") from error
     result |= asdict(settings) | (about or {}) | {"weights": weights}
     with common.frozen_eval(model):
         result["checks"] = result.get("checks") or [c._asdict() for c in check_model(model, *sample, settings)]

@@ -284,7 +284,7 @@ class SphereCNN(Classifier):
         self.feature_dim = hidden
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.activation(self.hidden(self.conv(x).flatten(1)))
+        return self.activation(self.hidden(self.conv(x).flatten(1)).to(x.dtype))  # saturates less than in bfloat16
 
 
 class AlexNet(Classifier):

@@ -7,7 +7,6 @@ Gradients are of the training loss without its margin; an image that is misclass
 Prints a Markdown table, a column for each network: benchmarks/by_hand.md has parts of ours. Nothing passes or fails.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -62,11 +61,11 @@ def measure(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Tenso
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", help="run folders or .pt files")
     parser.add_argument("--data-dir", help="(default: as in training)")
     parser.add_argument("--num-images", type=common.number(int, 1), default=1000)
-    parser.add_argument("--eps", type=common.number(float, 0), default=0.3, help="Linf (default: 0.3)")
+    parser.add_argument("--eps", type=common.number(float, 0, 1), default=0.3, help="Linf (default: 0.3)")
     args = parser.parse_args()
     columns = []
     for checkpoint in args.checkpoints:
@@ -78,7 +77,7 @@ def main() -> None:
         parts = [measure(net, x, y, args.eps) for x, y in parts]
         own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         columns.append({k: f"{v.median():.2g}" if "median" in k else f"{100 * v.mean():.1f}" for k, v in own.items()})
-    print(f"n = {len(rows):,}, eps {args.eps}; % except in the last two rows\n")
+    print(f"n = {args.num_images:,} or the whole test set, eps {args.eps}; % except in the last two rows\n")
     print(f"| | {' | '.join(args.checkpoints)} |\n|{' --- |' * (len(columns) + 1)}")
     for name in columns[0]:
         print(f"| {name} | {' | '.join(column[name] for column in columns)} |")

@@ -135,11 +135,11 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     parser.add_argument("checkpoint", help="a run folder or a .pt file")
     parser.add_argument("--data-dir", help="(default: as in training)")
     parser.add_argument("--num-images", type=common.number(int, 1), default=500)
-    parser.add_argument("--eps", type=common.number(float, 0), default=0.3, help="Linf (default: 0.3)")
+    parser.add_argument("--eps", type=common.number(float, 0, 1), default=0.3, help="Linf (default: 0.3)")
     parser.add_argument("--l2", type=common.number(float, 0), default=1.5, help="L2 (default: 1.5)")
     parser.add_argument("--only", choices=our_attacks(0.3, 1.5), help="one attack")
     args = parser.parse_args()

@@ -83,8 +83,8 @@ class Results(dict[str, dict[int, Network]]):
             evaluations.setdefault("/".join(path.relative_to(folder).parts[:2]), []).append(read_evaluation(path))
         for model, own in evaluations.items():
             name, _, seed = model.rpartition("-s")
-            if name in evaluations:
-                raise UserError(f"{name} and {model}: a name must not end like a seed")
+            if name in evaluations or not seed.isdecimal():
+                raise UserError(f"{model}: its name is not NAME-sSEED, or {name} is a row too")
             self[model] = {int(seed): Network(model, own)}
             self.setdefault(name, {}).update(self[model])
 
@@ -298,7 +298,7 @@ def plot(at: list[float], series: dict[str, list[Estimate]], xlabel: str, ylabel
     axis = figure.subplots()
     for i, (name, estimates) in enumerate(series.items()):
         value, low, high = np.array(estimates)[:, :3].T
-        style = {"label": name, "marker": "osD^v"[i], "markersize": 4, "linewidth": 1, "capsize": 2}
+        style = {"label": name, "marker": "osD^vP"[i], "markersize": 4, "linewidth": 1, "capsize": 2}
         beside = 0.005 * (i - (len(series) - 1) / 2) * max(at)  # intervals must not hide each other
         axis.errorbar(np.array(at) + beside, value, yerr=[value - low, high - value], **style)
     axis.set(xlabel=xlabel, ylabel=ylabel)

@@ -7,10 +7,13 @@
 # Several processes may run at once, on a CPU one per core: each takes the next row that no other works on. Environment:
 #     SEEDS="0 1"  RUNS=runs/DATASET, for checkpoints  DATA=data, for the dataset's file  PYTHON=python
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # processes that share the cores would wait for each other's threads
 python=${PYTHON:-python} runs=${RUNS:-runs/$dataset} data=${DATA:-data} seeds=${SEEDS:-0 1}
 results=benchmarks/results/$dataset
+for seed in $seeds; do
+    [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] || { echo "SEEDS: $seed is not a seed" >&2; exit 2; }
+done
 for needed in flock "$python"; do
     command -v "$needed" >/dev/null || { echo "$needed is needed" >&2; exit 2; }
 done
@@ -31,8 +34,9 @@ measure() { # script, row, name, flags
     local out=$runs/evaluations/$2/$3 to=$results/$2/$3 file=eval.json
     [ "$1" = eval_all.py ] || file=analysis.json
     [ -e "$to/$file" ] && return
-    mkdir -p "$out" "$to"
+    mkdir -p "$out"
     "$python" "$1" "$(network "$2")" --data-dir "$data" --out "$out" "${@:4}" >"$out/log"
+    mkdir -p "$to"
     [ "$1" != eval_all.py ] || cp "$out/verdicts.npz" "$to"
     cp "$out/$file" "$to/partial"
     mv "$to/partial" "$to/$file" # last, because this file marks the evaluation as complete
@@ -91,7 +95,7 @@ redo() { # names of rows; an earlier --redo of a row that was stopped is continu
 check_names() { # of rows
     local name
     for name in "$@"; do
-        awk -v name="$name" '$1 == name { found = 1 } END { exit !found }' <<<"$rows" ||
+        awk -v name="$name" 'name && $1 == name { found = 1 } END { exit !found }' <<<"$rows" ||
             { echo "no row $name" >&2; exit 2; }
     done
 }

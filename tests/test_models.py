@@ -93,19 +93,19 @@ def test_normalization_is_the_models_first_layer_and_options_build_the_same_mode
 
 def test_amp_changes_the_backbones_precision_and_not_the_logits_dtype(small_model):
     x = torch.rand(8, 1, 8, 8)
-    exact = small_model(x)
-    small_model.amp = True
+    exact, small_model.amp = small_model(x), True
     rough = small_model(x)
     assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
     torch.testing.assert_close(rough, exact, atol=0.05, rtol=0)
     small_model.amp = False
     with torch.autocast("cpu", torch.bfloat16):  # that of the evaluation's --amp
         assert small_model.features(x).dtype == torch.float32 and not torch.equal(exact, small_model(x).float())
-    tanh = models.build_model("small_cnn", 3, 1, image_size=8, activation="tanh")
-    tanh.amp, last = True, tanh.hidden[-1]
-    last.weight.data, last.bias.data = torch.zeros(200, 200), torch.full((200,), 5.0)
-    tanh.features(x).mean(0).sum().backward()
-    torch.testing.assert_close(last.bias.grad, 1 - last.bias.tanh() ** 2, rtol=0.01, atol=0)  # in bfloat16 it is 0
+    for arch in ("small_cnn", "dsphere_mnist"):
+        tanh = models.build_model(arch, 3, 1, image_size=8, activation="tanh")
+        tanh.amp, last = True, [*tanh.hidden.modules()][-1]
+        last.weight.data, last.bias.data = torch.zeros_like(last.weight), torch.full_like(last.bias, 5.0)
+        tanh.features(x).mean(0).sum().backward()
+        torch.testing.assert_close(last.bias.grad, 1 - last.bias.tanh() ** 2, rtol=0.01, atol=0)  # in bfloat16 it is 0
 
 
 @pytest.mark.parametrize("complaint, options", [
