@@ -67,7 +67,7 @@ do_row() { # row, kind, script and flags; file descriptor 9 is the row's lock
 begin_again() { # row; file descriptor 9 is the row's lock
     flock -n 9 || { echo "another process works on $1" >&2; return 1; }
     rm -rf {"$runs/evaluations","$runs"}/"$1"
-    echo "the results are of the old network" >"$runs/$1.redo" # emptied when they are deleted, gone with the row
+    echo "old results" >"$runs/$1.redo" # emptied when they are deleted, removed when the row is done
 }
 
 redo() { # names of rows; an earlier --redo of a row that was stopped is continued
