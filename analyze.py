@@ -396,11 +396,11 @@ def main(argv: list[str] | None = None) -> None:
     eval_all.allow_tf32(False)
     found, _, args.data, rows = eval_all.load_models_and_data(args)
     x, y = common.images_at(args.data.x_test, rows, args.device), args.data.y_test[rows].to(args.device)
-    args.eps = eval_all.Settings(args.eps, args.norm, args.data.known).eps
+    eval_all.check_inputs(x, y, {}, settings := eval_all.Settings(args.eps, args.norm, args.data.known))
+    args.eps = settings.eps
     found = [checked(model, x, y, args) for model in found]
     args.ball = f"{args.data.name}, {args.norm.capitalize()} eps {args.eps:.4g}"
     args.out = eval_all.output_folder(args, found, "analysis")
-    args.out.mkdir(parents=True, exist_ok=True)
     results = {model.name: analyze(model, x, y, args) for model in found}
     if args.angles:
         columns = ["nearest class weights", "farthest class weights", "features to own weight"]

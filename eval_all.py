@@ -1207,11 +1207,13 @@ def load_models_and_data(args: argparse.Namespace) -> tuple[list[Model], list[Mo
 
 
 def output_folder(args: argparse.Namespace, found: list[Model], name: str) -> Path:
-    """--out, or the folder `name` beside the checkpoint, or for several models here."""
+    """--out, or the folder `name` beside the checkpoint, or for several models here. It is made."""
     file = Path(found[0].meta["checkpoint"])
+    folder = file.parent / (name if file.name == "best.pt" else f"{name}-{file.stem}")
     if args.out or len(found) > 1 or not file.exists():  # or FILE.py:FUNCTION
-        return Path(args.out or name)
-    return file.parent / (name if file.name == "best.pt" else f"{name}-{file.stem}")
+        folder = Path(args.out or name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def main(argv: list[str] | None = None) -> None:

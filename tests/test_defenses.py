@@ -110,8 +110,8 @@ def test_a_radius_that_is_not_in_pixel_units_is_refused(natural, refused, norm, 
     model, x, y = natural
     with pytest.raises(common.UserError, match="8/255"):
         evaluate(model, x, y, "fgsm", norm=norm, eps=eps)
-    he = eval_all.Path(__file__).parent / "golden" / "he.pt"
-    assert "8/255" in refused("eval_all", he, "--norm", norm, "--eps", str(eps), "--num-images", "5")
+    he = [eval_all.Path(__file__).parent / "golden/he.pt", "--norm", norm, "--eps", str(eps), "--num-images", "5"]
+    assert "8/255" in refused("eval_all", *he) and "8/255" in refused("analyze", *he, "--curves")
 
 
 def looks_inside(x):
