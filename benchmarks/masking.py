@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=common.number(int, 1), default=1000)
     parser.add_argument("--eps", type=common.number(float, 0, 1), default=0.3, help="Linf (default: 0.3)")
     args = parser.parse_args()
-    columns = []
+    heads, columns = [], []
     for checkpoint in args.checkpoints:
         net, meta = common.load_checkpoint(checkpoint)
         data = common.load_data(meta["args"]["dataset"], args.data_dir or meta["args"]["data_dir"])
@@ -76,9 +76,10 @@ def main() -> None:
         parts = [(common.images_at(data.x_test, part, "cpu"), data.y_test[part]) for part in rows.split(500)]
         parts = [measure(net, x, y, args.eps) for x, y in parts]
         own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        heads.append(f"{checkpoint}, n = {len(rows):,}")
         columns.append({k: f"{v.median():.2g}" if "median" in k else f"{100 * v.mean():.1f}" for k, v in own.items()})
-    print(f"n = {args.num_images:,} or the whole test set, eps {args.eps}; % except in the last two rows\n")
-    print(f"| | {' | '.join(args.checkpoints)} |\n|{' --- |' * (len(columns) + 1)}")
+    print(f"eps {args.eps}; % except in the last two rows\n")
+    print(f"| | {' | '.join(heads)} |\n|{' --- |' * (len(columns) + 1)}")
     for name in columns[0]:
         print(f"| {name} | {' | '.join(column[name] for column in columns)} |")
 

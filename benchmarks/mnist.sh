@@ -108,7 +108,7 @@ evaluations() { # row, kind
         ;;
     esac
     case $1 in
-    pgd-s0 | pgd-scale15-s0 | pgd-he-s0 | angular-s0 | weightpen-s0 | weightpen-paper-s0 | mmc-s0) # one network a method
+    pgd-s0 | pgd-scale15-s0 | pgd-he-s0 | angular-s0 | weightpen-s0 | weightpen-paper-s0 | mmc-s0)
         analyze "$1" curves --num-images 500 --curves
         ;;
     esac

@@ -59,7 +59,10 @@ do_row() { # row, kind, script and flags; file descriptor 9 is the row's lock
         return
     fi
     train "$1" "${@:3}"
-    [ ! -s "$mark" ] || { rm -rf "$results/$1" && : >"$mark"; }
+    if [ -s "$mark" ]; then
+        rm -rf "$results/$1"
+        : >"$mark"
+    fi
     evaluations "$1" "$2"
     rm -f "$mark"
 }
